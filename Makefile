@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The pinned CPU build of torch satisfies every dependency; GPU users install another torch first (see README).
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint models bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/speechtok tokenize assets/clips --out demo/units --overwrite
+	$(BIN)/speechtok show assets/clips/librispeech-1688-142285-0004.flac --out demo/units.png --seconds 4
+	@echo "Parquet: demo/units/part-00000.parquet   picture: demo/units.png"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not slow" --cov --cov-report=term
+
+models: $(VENV)/.installed
+	$(BIN)/python -m speechtok.benchmarks.train_default
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m speechtok.benchmarks.early_exit --json benchmarks/results/early_exit.json
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,1 @@
+"""Shipped tokenizers and short licensed clips."""

@@ -1,0 +1,64 @@
+"""``speechtok stream``."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from .common import DEFAULT_TOKENIZER, Device, TokenizerName
+
+
+def stream(
+    tokenizer: TokenizerName = DEFAULT_TOKENIZER,
+    rate: Annotated[
+        int | None, typer.Option(help="Sample rate of raw PCM (Hz); without it a wav header is expected.")
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Of raw PCM: u8, s16le, s24le, s32le, f32le or f64le.")] = "s16le",
+    channels: Annotated[int, typer.Option(min=1, help="Of raw PCM, interleaved.")] = 1,
+    window_seconds: Annotated[
+        float | None,
+        typer.Option(help="For bidirectional encoders: answer in windows of this length (default: the tokenizer's)."),
+    ] = None,
+    context_seconds: Annotated[float, typer.Option(help="Context on both sides of such windows.")] = 1.0,
+    device: Device = "cpu",
+) -> None:
+    """Read sound from standard input (wav or raw PCM), write units as JSON lines as they come.
+
+    Example: arecord -t raw -f S16_LE -r 16000 | speechtok stream --rate 16000
+    """
+    import speechtok
+    from speechtok.audio.wav import ENCODINGS, pcm_blocks, read_header
+    from speechtok.errors import AudioError, InputError
+    from speechtok.frames import WindowRule
+
+    source, limit = sys.stdin.buffer, None
+    if rate is None:
+        header = read_header(source, "standard input")
+        if header.encoding is None:
+            raise AudioError(
+                "standard input: the wav stream is compressed; decode it first (for example with sox or ffmpeg)"
+            )
+        rate, encoding, channels, limit = header.sample_rate, header.encoding, header.channels, header.data_bytes
+    if encoding not in ENCODINGS:
+        raise InputError(f"unknown encoding {encoding!r}; known are: {', '.join(ENCODINGS)}")
+    loaded = speechtok.load(tokenizer, device=device)
+    window = None if window_seconds is None else WindowRule(window_seconds, context_seconds)
+    with loaded.stream(rate, window=window) as session:
+        for block in pcm_blocks(source, encoding, channels, rate // 20, limit):
+            _write(session.push(block))
+        _write(session.flush())
+
+
+def _write(units: object) -> None:
+    from speechtok.units import Units
+
+    if isinstance(units, Units) and len(units):
+        ids = units.ids.tolist()
+        record = {
+            "start": round(float(units.starts_seconds[0]), 6),
+            "end": round(float(units.ends_seconds[-1]), 6),
+            "units": ids,
+        }
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""Corpus engine: scan -> plan -> run -> write -> resume."""

@@ -1,0 +1,219 @@
+"""The three equivalences, measured on the user's own files.
+
+1. batched == single, 2. streamed == offline, 3. killed and resumed == one pass.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from speechtok.audio.decode import AudioFile
+from speechtok.corpus.engine import tokenize
+from speechtok.corpus.sources import Utterance, scan
+from speechtok.errors import SpeechtokError
+from speechtok.frames import Window, WindowRule
+from speechtok.tokenizer import Tokenizer
+from speechtok.units import Units
+
+__all__ = ["verify"]
+
+_BATCHES = (4, 16)
+_KILLS = 3
+
+Loaded = tuple[NDArray[np.float32], int]
+
+
+def verify(
+    source: str, tokenizer: Tokenizer, *, files: int = 100, window: WindowRule | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Measure the equivalences.
+
+    Parameters
+    ----------
+    source : path or glob
+        As for ``tokenize``.
+    tokenizer : Tokenizer
+    files : int
+        At most this many, evenly spread over the input.
+    window : WindowRule, optional
+        Also stream with this rule; its agreement with offline is reported, not required.
+    seed : int
+        Of chunk sizes and kill times.
+
+    Returns
+    -------
+    dict
+        ``checks`` (each with the rates of identical files and frames), ``max_feature_difference``, ``skipped``
+        and ``holds``: whether every required rate is 1.
+    """
+    utterances = scan(source).utterances
+    step = max(1, -(-len(utterances) // files))
+    usable: list[Utterance] = []
+    waves: list[Loaded] = []
+    skipped = 0
+    for utterance in utterances[::step]:
+        try:
+            with AudioFile(utterance.open(), utterance.path) as file:
+                wave = np.concatenate(list(file.blocks()))
+        except SpeechtokError:
+            skipped += 1
+            continue
+        usable.append(utterance)
+        waves.append((wave, file.sample_rate))
+    offline = [tokenizer.encode(wave, rate) for wave, rate in waves]
+    checks = []
+    for size in _BATCHES:
+        units, ties = _in_batches(tokenizer, waves, size)
+        checks.append(_compare(f"batched by {size} = single", units, offline, ties) | {"required": True})
+    chunks = random.Random(seed)
+    checks.append(
+        _compare("streamed = offline", [_streamed(tokenizer, w, r, None, chunks) for w, r in waves], offline, 0)
+        | {"required": True}
+    )
+    if window is not None and not tokenizer.encoder.exact_stream:
+        units = [_streamed(tokenizer, w, r, window, chunks) for w, r in waves]
+        name = f"streamed in windows of {window.max_seconds:g} s = offline"
+        checks.append(_compare(name, units, offline, 0) | {"required": False})
+    if usable:
+        same = _killed_and_resumed(usable, tokenizer, chunks)
+        rate = float(same)
+        checks.append(
+            {
+                "name": "killed and resumed = one pass",
+                "files": len(usable),
+                "files_identical_rate": rate,
+                "frames_identical_rate": rate,
+                "ties": 0,
+                "required": True,
+            }
+        )
+    return {
+        "tokenizer": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "checks": checks,
+        "max_feature_difference": _feature_difference(tokenizer, waves),
+        "skipped": skipped,
+        "holds": all(check["files_identical_rate"] == 1 for check in checks if check["required"]),
+    }
+
+
+def _windows(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> list[tuple[int, Window, NDArray[np.float32]]]:
+    return [
+        (i, window, piece) for i, (wave, rate) in enumerate(waves) for window, piece in tokenizer.windows(wave, rate)
+    ]
+
+
+def _in_batches(tokenizer: Tokenizer, waves: Sequence[Loaded], size: int) -> tuple[list[Units], int]:
+    """Units with exactly `size` windows per batch, in input order (lengths mixed), and how many near-ties there were."""
+    jobs = _windows(tokenizer, waves)
+    parts: list[list[tuple[int, NDArray[np.int32]]]] = [[] for _ in waves]
+    ties = 0
+    for begin in range(0, len(jobs), size):
+        batch = jobs[begin : begin + size]
+        for (index, window, _), encoded in zip(
+            batch, tokenizer.encode_batch_of_windows([job[1:] for job in batch]), strict=True
+        ):
+            parts[index].append((window.first, encoded.ids))
+            ties += encoded.ties
+    return [tokenizer.assemble(part) for part in parts], ties
+
+
+@torch.inference_mode()
+def _feature_difference(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> float:
+    """Largest relative difference (Euclidean norm per frame) between a batch of 16 and single passes."""
+    worst = 0.0
+    jobs = _windows(tokenizer, waves)
+    for begin in range(0, len(jobs), 16):
+        pieces = [piece for _, _, piece in jobs[begin : begin + 16]]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(piece) for piece in pieces], batch_first=True)
+        together = tokenizer.encoder(padded.to(tokenizer.device), lengths.to(tokenizer.device))
+        for row, count, piece in zip(together.features, together.lengths.tolist(), pieces, strict=True):
+            if count:
+                alone = tokenizer.encoder(torch.from_numpy(piece)[None].to(tokenizer.device)).features[0, :count]
+                relative = (row[:count] - alone).norm(dim=1) / alone.norm(dim=1).clamp_min(1e-12)
+                worst = max(worst, float(relative.max()))
+    return worst
+
+
+def _streamed(
+    tokenizer: Tokenizer, wave: NDArray[np.float32], rate: int, window: WindowRule | None, chunks: random.Random
+) -> Units:
+    parts, position = [], 0
+    with tokenizer.stream(rate, window=window) as stream:
+        while position < len(wave):
+            size = chunks.randint(1, rate)
+            parts.append(stream.push(wave[position : position + size]))
+            position += size
+        parts.append(stream.flush())
+    return Units.concatenate(parts)
+
+
+def _compare(name: str, found: Sequence[Units], expected: Sequence[Units], ties: int) -> dict[str, Any]:
+    frames = equal = files = 0
+    for a, b in zip(found, expected, strict=True):
+        files += a == b
+        frames += max(len(a), len(b))
+        shared = min(len(a), len(b))
+        equal += int((a.ids[..., :shared] == b.ids[..., :shared]).reshape(-1, shared).all(axis=0).sum())
+    return {
+        "name": name,
+        "files": len(expected),
+        "files_identical_rate": files / max(1, len(expected)),
+        "frames_identical_rate": equal / max(1, frames),
+        "ties": ties,
+    }
+
+
+_JOB = """
+import json, sys
+from speechtok.corpus.engine import tokenize
+tokenize(**json.loads(sys.argv[1]))
+"""
+
+
+def _killed_and_resumed(utterances: Sequence[Utterance], tokenizer: Tokenizer, chance: random.Random) -> bool:
+    """Whether a job that is killed at random moments ends with the bytes of one that is not."""
+    with tempfile.TemporaryDirectory(prefix="speechtok-verify-") as folder:
+        root = Path(folder)
+        manifest = root / "files.jsonl"
+        lines = [json.dumps({"key": f"{i:06d}", "path": u.file}) for i, u in enumerate(utterances) if not u.container]
+        manifest.write_text("\n".join(lines) + "\n")
+        if not lines:
+            return True
+        tokenizer.save(root / "tokenizer")
+        job = {"source": str(manifest), "tokenizer": str(root / "tokenizer"), "shard_seconds": 20.0}
+        begin = time.perf_counter()
+        _run(job | {"out": str(root / "once")}, None)
+        length = time.perf_counter() - begin
+        for _ in range(_KILLS):
+            _run(job | {"out": str(root / "killed")}, chance.uniform(0.3, 1.0) * length)
+        tokenize(**(job | {"out": str(root / "killed")}))
+        return _contents(root / "once") == _contents(root / "killed")
+
+
+def _run(job: dict[str, Any], kill_after: float | None) -> None:
+    process = subprocess.Popen([sys.executable, "-c", _JOB, json.dumps(job)], stderr=subprocess.PIPE)  # noqa: S603
+    try:
+        _, errors = process.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return
+    if process.returncode:
+        raise SpeechtokError(f"the job failed: {errors.decode(errors='replace').strip().splitlines()[-1:]}")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,94 @@
+"""Fixtures that many tests share."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Make order and threads boring: one test module never inherits another one's thread count."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1)))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real speech, music and noise; not part of a checkout."""
+    if not (SHARED / "speech").is_dir():
+        pytest.skip("the shared data folder with real speech is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    return ROOT / "assets" / "clips"
+
+
+@pytest.fixture(scope="session")
+def clip(clips) -> Path:
+    return clips / "librispeech-1688-142285-0004.flac"
+
+
+@pytest.fixture(scope="session")
+def clip_wave(clip) -> np.ndarray:
+    return soundfile.read(clip, dtype="float32")[0]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The shipped default."""
+    import speechtok
+
+    return speechtok.load("mfcc-k100")
+
+
+def tiny_hubert(seed: int = 0, layers: int = 2):
+    """A small random bidirectional encoder with a group-norm front end."""
+    import torch
+
+    from speechtok.encoders.pretrained import build
+
+    torch.manual_seed(seed)
+    config = {
+        "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64,
+        "conv_dim": [24] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
+    }  # fmt: skip
+    encoder = build("hubert", config, layers)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.normal_(0, 0.3) if parameter.ndim > 1 else parameter.uniform_(0.2, 1.0)
+    return encoder
+
+
+@pytest.fixture(scope="session")
+def bidirectional(clip_wave):
+    """A tokenizer whose frames depend on the whole window: tiny random HuBERT and 50 of its frames as centroids."""
+    import torch
+
+    from speechtok.frames import WindowRule
+    from speechtok.quantizers.kmeans import KMeans
+    from speechtok.tokenizer import Tokenizer
+
+    encoder = tiny_hubert()
+    with torch.inference_mode():
+        frames = encoder(torch.from_numpy(clip_wave)[None]).features[0]
+    return Tokenizer(encoder, KMeans(frames[::4][:50].numpy()), name="tiny", window=WindowRule(2.0, 0.3))
+
+
+@pytest.fixture(scope="session")
+def speech_files(shared) -> list[Path]:
+    """200 real files of mixed length and corpus, the same in every run."""
+    files = sorted(
+        path for path in (shared / "speech" / "eval").rglob("*") if path.suffix in {".flac", ".opus", ".mp3"}
+    )
+    chosen = np.random.default_rng(0).permutation(len(files))[:200]
+    return [files[i] for i in sorted(chosen)]

@@ -1,0 +1,143 @@
+"""The nearest-centroid kernel: numba against the reference and sklearn, Triton in its interpreter."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans as SklearnKMeans
+
+from speechtok.errors import FormatError
+from speechtok.kernels.nearest import nearest_centroids, nearest_centroids_reference
+from speechtok.quantizers.kmeans import KMeans
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(0, 5, 3), (1, 1, 1), (7, 2, 5), (3000, 100, 39), (50, 2000, 16), (2049, 17, 64)]
+)
+def test_equals_the_reference(n, k, d):
+    torch.manual_seed(n + k)
+    rows, centroids = torch.randn(n, d), torch.randn(k, d)
+    ids, distances = nearest_centroids(rows, centroids)
+    expected, expected_distances = nearest_centroids_reference(rows, centroids)
+    assert torch.equal(ids, expected)
+    torch.testing.assert_close(distances, expected_distances, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_distances_go_to_the_lower_index():
+    centroids = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+    ids, distances = nearest_centroids(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), centroids)
+    assert ids.tolist() == [0, 0]
+    assert distances[1].tolist() == [1.0, 1.0]
+
+
+def test_far_from_the_origin_no_digits_are_lost():
+    torch.manual_seed(0)
+    rows, centroids = torch.randn(500, 8) + 1000, torch.randn(20, 8) + 1000
+    _, distances = nearest_centroids(rows, centroids)
+    _, expected = nearest_centroids_reference(rows, centroids)
+    torch.testing.assert_close(distances[:, 0], expected[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_equals_sklearn():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((10_000, 39)).astype(np.float32)
+    model = SklearnKMeans(50, n_init=1, max_iter=5, random_state=0).fit(rows[:2000])
+    ids = KMeans(model.cluster_centers_)(torch.from_numpy(rows)[None]).ids[0, 0].numpy()
+    assert np.array_equal(ids, model.predict(rows))
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.speechtok.nearest_centroids, (torch.randn(40, 6), torch.randn(9, 6)))
+
+
+TRITON = """
+import torch
+from speechtok.kernels.nearest import nearest_centroids_reference, nearest_centroids_triton
+for n, k, d in [(0, 3, 4), (70, 100, 39), (5, 1, 8), (130, 257, 64), (3, 2, 5)]:
+    torch.manual_seed(n)
+    rows, centroids = torch.randn(n, d), torch.randn(k, d)
+    ids, distances = nearest_centroids_triton(rows, centroids)
+    expected, expected_distances = nearest_centroids_reference(rows, centroids)
+    assert torch.equal(ids, expected), (n, k, d)
+    torch.testing.assert_close(distances, expected_distances, rtol=1e-5, atol=1e-5)
+ids, _ = nearest_centroids_triton(torch.zeros(4, 2), torch.tensor([[1.0, 0], [-1, 0], [1, 0]]))
+assert ids.tolist() == [0, 0, 0, 0]
+print("same")
+"""
+
+
+def test_triton_in_the_interpreter():
+    pytest.importorskip("triton")
+    # The interpreter is chosen when Triton is imported, so it gets a process of its own.
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_triton_on_a_gpu():
+    torch.manual_seed(0)
+    rows, centroids = torch.randn(5000, 768), torch.randn(500, 768)
+    ids, _ = nearest_centroids(rows.cuda(), centroids.cuda())
+    expected, _ = nearest_centroids_reference(rows, centroids)
+    assert (ids.cpu() == expected).float().mean() > 0.999
+
+
+def test_margin_is_what_a_frame_can_move():
+    """No change below the margin flips an id; one slightly above, in the worst direction, does."""
+    torch.manual_seed(0)
+    quantizer = KMeans(torch.randn(20, 5).numpy())
+    rows = torch.randn(1, 200, 5)
+    codes = quantizer(rows)
+    room = codes.margins[0] * rows[0].norm(dim=1)
+    for _ in range(20):
+        step = torch.nn.functional.normalize(torch.randn(200, 5), dim=1) * room[:, None] * 0.999
+        assert torch.equal(quantizer(rows + step).ids, codes.ids)
+    _, order = torch.cdist(rows[0], quantizer.centroids).topk(2, largest=False)
+    towards = torch.nn.functional.normalize(quantizer.centroids[order[:, 1]] - quantizer.centroids[order[:, 0]], dim=1)
+    distances = nearest_centroids(rows[0], quantizer.centroids)[1]
+    gap = (distances[:, 1] ** 2 - distances[:, 0] ** 2) / (
+        2 * (quantizer.centroids[order[:, 1]] - quantizer.centroids[order[:, 0]]).norm(dim=1)
+    )
+    moved = rows + (towards * gap[:, None] * 1.01)[None]
+    assert (quantizer(moved).ids != codes.ids).float().mean() > 0.9
+    assert bool((gap >= room * 0.999).all())
+
+
+def test_standardisation():
+    rng = np.random.default_rng(0)
+    mean, scale = rng.standard_normal(4).astype(np.float32), rng.uniform(0.5, 2, 4).astype(np.float32)
+    centroids = rng.standard_normal((7, 4)).astype(np.float32)
+    rows = rng.standard_normal((1, 100, 4)).astype(np.float32)
+    with_statistics = KMeans(centroids, mean, scale)(torch.from_numpy(rows))
+    by_hand = KMeans(centroids)(torch.from_numpy((rows - mean) / scale))
+    assert torch.equal(with_statistics.ids, by_hand.ids)
+    again = KMeans.from_tensors(KMeans(centroids, mean, scale).state_dict())
+    assert again.standardized
+    assert torch.equal(again(torch.from_numpy(rows)).ids, by_hand.ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros(3),), "shape"),
+        ((np.zeros((0, 3)),), "shape"),
+        ((np.full((2, 3), np.nan),), "NaN"),
+        ((np.zeros((2, 3)), np.zeros(3)), "go together"),
+        ((np.zeros((2, 3)), np.zeros(2), np.ones(2)), "dimensions"),
+        ((np.zeros((2, 3)), np.zeros(3), np.zeros(3)), "positive"),
+    ],
+)
+def test_bad_centroids_are_refused(arguments, message):
+    with pytest.raises(FormatError, match=message):
+        KMeans(*arguments)
+
+
+def test_bad_frames_and_files_are_refused():
+    with pytest.raises(FormatError, match="dimensions"):
+        KMeans(np.zeros((2, 3)))(torch.zeros(1, 4, 5))
+    with pytest.raises(FormatError, match="holds 'centroids'"):
+        KMeans.from_tensors({"other": torch.zeros(2, 2)})
