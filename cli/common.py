@@ -40,7 +40,7 @@ Log = Annotated[
     LogMode,
     typer.Option(
         "--log",
-        help="Progress on standard error: a bar, plain lines, JSON lines, or nothing; auto takes the bar on a terminal.",
+        help="Progress on standard error: a bar, plain lines, JSON lines or nothing; auto: the bar on a terminal.",
     ),
 ]
 
@@ -134,16 +134,16 @@ def _bar() -> Iterator[Callable[[Any], None]]:
 
 
 def _lines(mode: LogMode, interval: float = 5.0) -> Callable[[Any], None]:
-    last = {"stage": "", "time": 0.0, "begin": 0.0}
+    last: dict[str, Any] = {"stage": "", "time": 0.0, "begin": 0.0}
 
     def tell(event: Any) -> None:
         now = time.perf_counter()
         if event.stage != last["stage"]:
             last.update(stage=event.stage, begin=now)
-        elif now - float(last["time"]) < interval and event.done < event.total:
+        elif now - last["time"] < interval and event.done < event.total:
             return
         last["time"] = now
-        elapsed = now - float(last["begin"])
+        elapsed = now - last["begin"]
         speed = event.done / elapsed if elapsed > 0 else 0.0
         left = (event.total - event.done) / speed if speed else None
         if mode is LogMode.json:

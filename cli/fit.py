@@ -25,20 +25,24 @@ def fit(
     seed: Annotated[int, typer.Option()] = 0,
     max_seconds: Annotated[float, typer.Option(help="Longer files are encoded in windows of this length.")] = 30.0,
     context_seconds: Annotated[float, typer.Option(help="Context on both sides of a window.")] = 3.0,
+    licence: Annotated[str, typer.Option(help="Of the new tokenizer; goes into its description.")] = "unknown",
     device: Device = "cpu",
     log: Log = LogMode.auto,
     json_file: Json = None,
 ) -> None:
     """Fit a k-means tokenizer on a folder and save it as a bundle."""
     from speechtok.encoders.pretrained import from_pretrained
+    from speechtok.errors import OutputError
     from speechtok.frames import WindowRule
     from speechtok.training.kmeans import fit as run
 
+    if (out / "tokenizer.json").exists():
+        raise OutputError(f"{out} holds a tokenizer already; choose another folder or delete it")
     with progress(log) as tell:
         tokenizer, report = run(
             source, from_pretrained(encoder, layer).to(device), clusters, name=out.name, standardize=standardize,
             sample_frames=sample_frames, iterations=iterations, restarts=restarts, seed=seed,
-            window=WindowRule(max_seconds, context_seconds), on_event=tell,
+            window=WindowRule(max_seconds, context_seconds), licence=licence, on_event=tell,
         )  # fmt: skip
     tokenizer.save(out)
     write_json(json_file, report)

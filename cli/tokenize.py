@@ -48,7 +48,8 @@ def tokenize(
 
     with progress(log) as tell:
         summary = engine.tokenize(
-            source, out, tokenizer=tokenizer, output_format=output_format, workers=workers, device=device, rank=rank, world=world,
+            source, out, tokenizer=tokenizer, output_format=output_format, workers=workers, device=device, rank=rank,
+            world=world,
             batch_seconds=batch_seconds, shard_seconds=shard_seconds, overwrite=overwrite, on_event=tell,
         )  # fmt: skip
     speed = summary.audio_seconds / summary.wall_seconds if summary.wall_seconds else 0.0

@@ -19,7 +19,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the random chunk sizes and kill times.")] = 0,
     json_file: Json = None,
 ) -> None:
-    """Measure the three equivalences on your files: batched = single, streamed = offline, killed and resumed = one pass."""
+    """Measure on your files: batched = single, streamed = offline, killed and resumed = one pass."""
     import speechtok
     from speechtok.evaluation.verify import verify as run
     from speechtok.frames import WindowRule
@@ -42,8 +42,8 @@ def verify(
         ["equivalence", "files", "identical files", "identical frames", "near-ties decided"],
         rows,
     )
-    print_note = f"largest feature difference between batched and single: {result['max_feature_difference']:.3g} (relative, per frame)"
-    typer.echo(print_note)
+    difference = result["max_feature_difference"]
+    typer.echo(f"largest feature difference between batched and single: {difference:.3g} (relative, per frame)")
     typer.echo(f"{result['skipped']} files could not be used" if result["skipped"] else "all files could be used")
     if not result["holds"]:
         raise typer.Exit(1)

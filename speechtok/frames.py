@@ -153,7 +153,7 @@ class WindowRule:
         index = emitted
         while index * core < total:
             first, last = index * core, min((index + 1) * core, total)
-            if not final and last + context > total:
+            if not final and first + core + context > total:
                 return
             begin, end = max(0, first - context), min(total, last + context)
             yield Window(

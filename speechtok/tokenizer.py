@@ -275,7 +275,7 @@ class Tokenizer:
                 ids[:, frame] = self._encode_waves([piece])[0][0][:, frame - begin]
 
     def assemble(self, parts: Iterable[tuple[int, NDArray[np.int32]]], first: int = 0) -> Units:
-        """Join windows, given as (first frame, ids int32 [K, T]) in any order, to `Units` that begin at frame `first`."""
+        """Join windows, given as (first frame, ids int32 [K, T]) in any order, to `Units` from frame `first` on."""
         pieces = [ids for _, ids in sorted(parts, key=lambda part: part[0])]
         ids = np.concatenate(pieces, axis=1) if pieces else np.zeros((self.quantizer.codebooks, 0), np.int32)
         grid = self.encoder.grid
@@ -351,6 +351,7 @@ class Tokenizer:
                 tensors = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
                 if tensors:
                     save_file(tensors, folder / f"{part}.safetensors")
+                    (folder / f"{part}.safetensors").chmod(0o644)  # the library writes files that only the owner reads
             description.write_text(json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise OutputError(f"{folder}: the tokenizer cannot be written ({error})") from error

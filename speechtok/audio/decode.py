@@ -108,7 +108,8 @@ class AudioFile:
         try:
             if not MIN_RATE <= self.sample_rate <= MAX_RATE:
                 raise AudioError(
-                    f"{self.name}: sample rate {self.sample_rate} Hz is outside {MIN_RATE} ... {MAX_RATE} Hz; the header may be damaged"
+                    f"{self.name}: sample rate {self.sample_rate} Hz is outside {MIN_RATE} ... {MAX_RATE} Hz; "
+                    "the header may be damaged"
                 )
             if self._file.format in {"WAV", "WAVEX"}:
                 self._wav_check(source)
@@ -173,7 +174,8 @@ class AudioFile:
             raise AudioError(f"{self.name}: holds no samples")
         if self.num_samples < self.declared_samples and self._file.format not in _ESTIMATED:
             raise AudioError(
-                f"{self.name}: truncated: the header promises {self.declared_samples} samples, {self.num_samples} could be decoded"
+                f"{self.name}: truncated: the header promises {self.declared_samples} samples, "
+                f"{self.num_samples} could be decoded"
             )
 
     def close(self) -> None:

@@ -74,7 +74,8 @@ class Summary:
 def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[int, int]:
     """This process's share: the arguments, else Slurm's or torchrun's variables, else (0, 1).
 
-    ``SLURM_ARRAY_TASK_ID`` / ``_COUNT`` (with ``_MIN``), then ``SLURM_PROCID`` / ``SLURM_NTASKS``, then ``RANK`` / ``WORLD_SIZE``.
+    ``SLURM_ARRAY_TASK_ID`` and ``_COUNT`` (with ``_MIN`` and ``_STEP``), else ``SLURM_PROCID`` and ``SLURM_NTASKS``,
+    else ``RANK`` and ``WORLD_SIZE``.
     """
     if (rank is None) != (world is None):
         raise InputError("--rank and --world go together; give both or neither")
@@ -228,7 +229,7 @@ def tokenize(
         )
     except OSError as error:
         raise OutputError(
-            f"{error.filename or out}: cannot be written ({error.strerror}); the work so far is kept, run again to go on"
+            f"{error.filename or out}: cannot be written ({error.strerror}); finished work is kept, run again to go on"
         ) from error
 
 
@@ -261,7 +262,10 @@ def _run(
         "speechtok.fingerprint": loaded.fingerprint,
         "speechtok.root": plan.listing.root,
     }
-    options = {"batch_seconds": batch_seconds, "decode_threads": decode_threads or min(4, os.cpu_count() or 1)}
+    options: dict[str, Any] = {
+        "batch_seconds": batch_seconds,
+        "decode_threads": decode_threads or min(4, os.cpu_count() or 1),
+    }
     done = 0.0
     encoded = 0.0
     begin = time.perf_counter()
@@ -312,7 +316,8 @@ def _results(futures: set[Future[tuple[int, float]]]) -> Iterator[tuple[int, flo
                 yield future.result()
             except BrokenProcessPool as error:
                 raise SpeechtokError(
-                    "a worker process died (out of memory, or killed); finished shards are kept, run the same command again to go on, with fewer workers or a smaller --batch-seconds"
+                    "a worker process died (out of memory, or killed); finished shards are kept: run the same command "
+                    "again to go on, with fewer workers or a smaller --batch-seconds"
                 ) from error
 
 

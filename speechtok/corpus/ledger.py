@@ -65,7 +65,8 @@ class Ledger:
         owner = self._owner()
         if owner not in (None, self.plan_hash):
             raise OutputError(
-                f"{self.out} holds the output of another job (other input, tokenizer or format); choose another folder, or --overwrite to replace it"
+                f"{self.out} holds the output of another job (other input, tokenizer or format); choose another "
+                "folder, or --overwrite to replace it"
             )
         if owner is None and self.out.is_dir() and any(self.out.glob("part-*.parquet")):
             raise OutputError(f"{self.out} holds Parquet parts that no job of this tool claims; choose an empty folder")

@@ -60,7 +60,7 @@ def _decode(
 def decode_windows(
     utterances: Sequence[Utterance], sources: list[Source], grid: FrameGrid, rule: WindowRule, threads: int
 ) -> Iterator[Job]:
-    """Windows of all utterances as (index, window, samples), decoded by threads, files in any order (one thread: in order).
+    """Windows of all utterances as (index, window, samples), decoded by threads; one thread keeps the files' order.
 
     Parameters
     ----------

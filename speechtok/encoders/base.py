@@ -47,7 +47,7 @@ class Encoder(nn.Module, ABC):
         Bound on the relative rounding error of a frame (Euclidean norm) between batch shapes.
     """
 
-    type: ClassVar[str]
+    type: ClassVar[str]  # type: ignore[assignment]  # hides nn.Module.type, a dtype cast that nobody needs here
     rounding: ClassVar[float] = 5e-6
     config: Any
     grid: FrameGrid

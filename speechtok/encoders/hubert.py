@@ -120,7 +120,8 @@ class HubertConfig:
         """Infer the configuration of a bare state dict of HuBERT-base's kind, as Sylber publishes it.
 
         Strides, the number of heads and the place of the layer norms leave no trace in the shapes: they are those of
-        HuBERT-base (heads of 64). The wave is normalised, as in Sylber's training.
+        HuBERT-base (heads of 64). The wave is taken as it is, as without any preprocessor_config.json; Sylber's own
+        package standardises files, but not arrays, and its group norm makes the two nearly equal.
 
         Parameters
         ----------
@@ -157,7 +158,6 @@ class HubertConfig:
             num_conv_pos_embeddings=position[2],
             num_conv_pos_embedding_groups=width // position[1],
             conv_pos_batch_norm="encoder.pos_conv_embed.batch_norm.weight" in shapes,
-            do_normalize=True,
         )
 
 
@@ -226,7 +226,7 @@ class HubertEncoder(Encoder):
             pre_norm=config.do_stable_layer_norm,
         )
 
-    def _attention(self, block: int) -> SelfAttention:  # noqa: ARG002
+    def _attention(self, block: int) -> SelfAttention:
         return SelfAttention(self.dim, self.config.num_attention_heads)
 
     def _normalize(self, wave: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:

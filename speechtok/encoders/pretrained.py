@@ -143,6 +143,8 @@ def from_pretrained(path_or_name: str | Path, layer: int | None = None, *, revis
         if not isinstance(path_or_name, str):
             raise CheckpointError(f"{path} does not exist; check the path")
         path = download(path_or_name, revision)
+        if not (path / "config.json").exists() and (path / "sylber.ckpt").exists():
+            path = path / "sylber.ckpt"
     if path.is_file() and not (path.parent / "config.json").exists():
         tensors = _sylber_tensors(path)
         config_class, encoder_class = _classes("hubert")
@@ -278,7 +280,7 @@ def download(repository: str, revision: str | None = None) -> Path:
     try:
         folder = fetch(*_JSON_FILES, "model*.safetensors", "model.safetensors.index.json")
         if not any((folder / name).exists() for name in _WEIGHT_FILES):  # older repositories hold pickles only
-            folder = fetch(*_JSON_FILES, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+            folder = fetch(*_JSON_FILES, "pytorch_model*.bin", "pytorch_model.bin.index.json", "sylber.ckpt")
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UnknownNameError(
             f"{at}: no such path, repository or revision, or it is private; check the name, or log in (hf auth login)"

@@ -115,7 +115,7 @@ def _windows(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> list[tuple[int, W
 
 
 def _in_batches(tokenizer: Tokenizer, waves: Sequence[Loaded], size: int) -> tuple[list[Units], int]:
-    """Units with exactly `size` windows per batch, in input order (lengths mixed), and how many near-ties there were."""
+    """Units with exactly `size` windows per batch, in input order (lengths mixed), and the number of near-ties."""
     jobs = _windows(tokenizer, waves)
     parts: list[list[tuple[int, NDArray[np.int32]]]] = [[] for _ in waves]
     ties = 0
@@ -193,7 +193,7 @@ def _killed_and_resumed(utterances: Sequence[Utterance], tokenizer: Tokenizer, c
         if not lines:
             return True
         tokenizer.save(root / "tokenizer")
-        job = {"source": str(manifest), "tokenizer": str(root / "tokenizer"), "shard_seconds": 20.0}
+        job: dict[str, Any] = {"source": str(manifest), "tokenizer": str(root / "tokenizer"), "shard_seconds": 20.0}
         begin = time.perf_counter()
         _run(job | {"out": str(root / "once")}, None)
         length = time.perf_counter() - begin

@@ -79,10 +79,13 @@ def nearest_centroids(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     distances = torch.empty(len(rows), 2)
     rows = rows.detach().contiguous()
     centroids = centroids.detach().contiguous()
-    bias = centroids.square().sum(1)
+    # Scores cancel where everything lies far from the origin; distances do not change under a common shift.
+    shift = centroids.mean(0)
+    shifted = centroids - shift
+    bias = shifted.square().sum(1)
     for begin in range(0, len(rows), _TILE):
         tile = rows[begin : begin + _TILE]
-        scores = torch.addmm(bias, tile, centroids.T, alpha=-2)
+        scores = torch.addmm(bias, tile - shift, shifted.T, alpha=-2)
         _scan(
             tile.numpy(), centroids.numpy(), scores.numpy(),
             ids[begin : begin + _TILE].numpy(), distances[begin : begin + _TILE].numpy(),
@@ -101,7 +104,8 @@ def nearest_centroids_triton(rows: Tensor, centroids: Tensor) -> tuple[Tensor, T
     from speechtok.kernels.nearest_triton import top_two
 
     rows, centroids = rows.detach().contiguous(), centroids.detach().contiguous()
-    first, second = top_two(rows, centroids)
+    shift = centroids.mean(0)
+    first, second = top_two(rows - shift, centroids - shift)
     pair = torch.stack((first, second.clamp_min(0)), 1)
     distances = torch.stack([(rows - centroids[pair[:, i]]).norm(dim=1) for i in (0, 1)], 1)
     if len(centroids) == 1:

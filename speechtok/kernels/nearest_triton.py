@@ -9,7 +9,7 @@ __all__ = ["top_two"]
 
 
 @triton.jit
-def _top_two(
+def _top_two(  # type: ignore[no-untyped-def]
     rows, centroids, norms, first, second, n, k, d,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip

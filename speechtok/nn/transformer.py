@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from speechtok.nn.stem import ACTIVATIONS
 
@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def bias(self, x: Tensor, keys: Tensor | None, position: Tensor | None) -> Tensor | None:  # noqa: ARG002
+    def bias(self, x: Tensor, keys: Tensor | None, position: Tensor | None) -> Tensor | None:
         """Give what is put on the scores: a bool mask of the valid keys, or a float term to be added.
 
         Parameters
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
             for i in range(num_blocks)
         )
 
-    def position(self, frames: int) -> Tensor | None:  # noqa: ARG002
+    def position(self, frames: int) -> Tensor | None:
         """Term [H, T, T] that all blocks share, for T frames; None where the attention has none."""
         return None
 
@@ -203,9 +203,8 @@ class Transformer(nn.Module):
         if lengths is not None:
             index = torch.arange(x.shape[1], device=x.device)
             valid = index < lengths[:, None]
-            # A row without frames attends to its first one: a softmax over nothing would be NaN.
+            # A row without frames attends to its first one: a softmax over nothing is NaN in some kernels.
             keys = (index < lengths.clamp_min(1)[:, None])[:, None, None]
-            x = torch.where(valid[..., None], x, 0.0)
         x = x + self.pos_conv_embed(x, valid)
         if self.layer_norm is not None and not self.pre_norm:
             x = self.layer_norm(x)

@@ -39,7 +39,7 @@ class Quantizer(nn.Module, ABC):
         K.
     """
 
-    type: ClassVar[str]
+    type: ClassVar[str]  # type: ignore[assignment]  # hides nn.Module.type
     dim: int
     vocab_size: int
     codebooks: int = 1

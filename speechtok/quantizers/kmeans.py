@@ -67,9 +67,8 @@ class KMeans(Quantizer):
             raise FormatError(
                 f"a k-means file holds 'centroids' and optionally 'mean' and 'scale', not {sorted(tensors)}"
             )
-        return KMeans(
-            *(tensors[name].float().numpy() if name in tensors else None for name in ("centroids", "mean", "scale"))
-        )
+        arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+        return KMeans(arrays["centroids"], arrays.get("mean"), arrays.get("scale"))
 
     def forward(self, features: Tensor) -> Codes:
         """Assign float [B, T, D] frames; see `Codes`."""

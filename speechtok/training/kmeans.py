@@ -157,5 +157,5 @@ def fit(
         "restarts": restarts,
         "seed": seed,
     }
-    quantizer = KMeans(kmeans.centroids, mean, scale)
+    quantizer = KMeans(np.asarray(kmeans.centroids), mean, scale)
     return Tokenizer(encoder, quantizer, name=name, window=window, licence=licence, training=report), report

@@ -79,6 +79,13 @@ def test_a_shortened_encoder_gives_the_same_hidden_states(variant):
             assert torch.equal(twin(wave).features, states[layer])
 
 
+def test_gradients_reach_all_weights_beside_an_empty_row():
+    _, ours = pair("post_ln")
+    batch, lengths = padded(waves(4000, 2000, 0))
+    ours(batch, lengths).features.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in ours.parameters())
+
+
 @pytest.mark.parametrize(("buckets", "distance"), [(320, 800), (16, 20), (32, 128)])
 def test_buckets_are_those_of_transformers(buckets, distance):
     settings = SMALL | {"num_buckets": buckets, "max_bucket_distance": distance}
