@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from speechtok.audio.compat import import_torchaudio
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# transformers imports torchaudio, which may need help to load.
+import_torchaudio()
 
 
 def pytest_collection_modifyitems(items):

@@ -56,21 +56,8 @@ def rows(*waves: np.ndarray, junk: float = 0.0) -> tuple[torch.Tensor, torch.Ten
     return batch, lengths
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_extension() -> None:
-    """Let torchaudio load without its C extension, which wants CUDA libraries; transformers imports it as well."""
-    if "torchaudio" not in sys.modules:
-        stub = types.ModuleType("torchaudio._extension")
-        stub.__dict__.update(
-            _IS_TORCHAUDIO_EXT_AVAILABLE=False,
-            _check_cuda_version=lambda: None,
-            fail_if_no_align=lambda function: function,
-        )
-        sys.modules.setdefault("torchaudio._extension", stub)
-
-
 @pytest.fixture(scope="module")
-def torchaudio(_no_extension: None) -> types.ModuleType:
+def torchaudio() -> types.ModuleType:
     pytest.importorskip("torchaudio.compliance.kaldi")
     return sys.modules["torchaudio"]
 

@@ -1,20 +1,14 @@
 """HuBERT family against transformers: hidden states, padding, position convolution, frame grid."""
 
-import sys
-
 import pytest
 import torch
+import transformers
+from transformers import HubertModel, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from speechtok.encoders.hubert import HubertConfig, HubertEncoder
 from speechtok.encoders.pretrained import load_checkpoint
 from speechtok.errors import AudioError, CheckpointError, InputError
 from speechtok.nn.stem import ACTIVATIONS, conv_grid
-
-with pytest.MonkeyPatch.context() as patch:
-    # torchaudio's extension may want CUDA libraries that are not there. Transformers needs none of it here.
-    patch.setitem(sys.modules, "torchaudio", None)
-    import transformers
-    from transformers import HubertModel, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 SMALL = {
     "hidden_size": 48,

@@ -1,6 +1,5 @@
 """w2v-BERT 2.0 against transformers' Wav2Vec2BertModel, with random weights."""
 
-import sys
 import types
 from pathlib import Path
 
@@ -18,15 +17,6 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 
 @pytest.fixture(scope="module")
 def transformers() -> types.ModuleType:
-    # transformers imports torchaudio, whose C extension wants CUDA libraries: load it without.
-    if "torchaudio" not in sys.modules:
-        stub = types.ModuleType("torchaudio._extension")
-        stub.__dict__.update(
-            _IS_TORCHAUDIO_EXT_AVAILABLE=False,
-            _check_cuda_version=lambda: None,
-            fail_if_no_align=lambda function: function,
-        )
-        sys.modules.setdefault("torchaudio._extension", stub)
     return pytest.importorskip("transformers")
 
 

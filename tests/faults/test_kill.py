@@ -1,0 +1,167 @@
+"""Killed and resumed equals one pass, byte for byte, with one and two workers and across ranks."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from speechtok.corpus.engine import tokenize
+from speechtok.corpus.rows import read_parts
+from speechtok.errors import OutputError
+
+JOB = """
+import json, sys
+from speechtok.corpus.engine import tokenize
+if __name__ == "__main__":
+    print("ready", flush=True)
+    tokenize(**json.loads(sys.argv[1]))
+"""
+KILLS = 20
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, clips, clip_wave):
+    """120 cuts of the clips in subfolders, with three broken files among them."""
+    root = tmp_path_factory.mktemp("corpus")
+    chance = random.Random(0)
+    for i in range(120):
+        path = root / f"speaker{i % 7}" / f"utt{i:03d}.wav"
+        path.parent.mkdir(exist_ok=True)
+        begin, length = chance.randrange(0, 30_000), chance.randrange(3000, 40_000)
+        soundfile.write(path, clip_wave[begin : begin + length], 16000)
+    (root / "speaker0" / "empty.wav").write_bytes(b"")
+    (root / "speaker3" / "noise.wav").write_bytes(b"RIFFxxxx" + bytes(range(256)))
+    soundfile.write(root / "speaker5" / "short.wav", clip_wave[:100], 16000)
+    return root
+
+
+def start(script, job, **more):
+    return subprocess.Popen(
+        [sys.executable, str(script), json.dumps(job | more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_moments(tmp_path, corpus, workers):
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    job = {"source": str(corpus), "shard_seconds": 6.0, "workers": workers}
+    once = tmp_path / "once"
+    process = start(script, job, out=str(once))
+    process.stdout.readline()  # the imports are done
+    begin = time.perf_counter()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    length = time.perf_counter() - begin
+    expected = contents(once)
+    assert sum(name.endswith(".parquet") for name in expected) > 15
+
+    chance = random.Random(workers)
+    out, killed = tmp_path / "killed", 0
+    for attempt in range(KILLS):
+        process = start(script, job, out=str(out))
+        process.stdout.readline()
+        # Mostly short lives, so that the job is hit in many states: planning, running, renaming.
+        try:
+            process.communicate(timeout=chance.uniform(0, 1) ** 2 * length)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+        if attempt % 7 == 6:  # begin anew now and then, or everything is done after a few rounds
+            import shutil
+
+            assert not (out / "tokenizer.json").exists() or contents(out) == expected
+            shutil.rmtree(out, ignore_errors=True)
+    assert killed >= KILLS // 2
+    process = start(script, job, out=str(out))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert contents(out) == expected
+
+
+def test_worker_count_and_batches_do_not_matter(tmp_path, corpus):
+    base = tokenize(corpus, tmp_path / "a", shard_seconds=20.0)
+    tokenize(corpus, tmp_path / "b", shard_seconds=20.0, workers=2)
+    tokenize(corpus, tmp_path / "c", shard_seconds=20.0, batch_seconds=1.0, decode_threads=1)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+    assert (base.files, base.failed) == (120, 3)
+    assert not (tmp_path / "a" / ".work").exists()
+    keys = [row.key for row in read_parts(tmp_path / "a")]
+    assert keys == sorted(keys)
+    reasons = {json.loads(line)["key"]: json.loads(line)["reason"] for line in (tmp_path / "a" / "errors.jsonl").open()}
+    assert set(reasons) == {"speaker0/empty", "speaker3/noise", "speaker5/short"}
+    assert "too short" in reasons["speaker5/short"]
+
+
+def test_ranks_share_one_folder(tmp_path, corpus, monkeypatch):
+    tokenize(corpus, tmp_path / "one", shard_seconds=20.0)
+    out = tmp_path / "ranks"
+    summaries = []
+    for rank in (2, 0, 1):  # in any order
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        summaries.append(tokenize(corpus, out, shard_seconds=20.0))
+    assert [summary.complete for summary in summaries] == [False, False, True]
+    assert contents(out) == contents(tmp_path / "one")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "1")
+    assert tokenize(corpus, out, shard_seconds=20.0).complete
+
+
+def test_damaged_work_is_done_again(tmp_path, corpus):
+    tokenize(corpus, tmp_path / "one", shard_seconds=20.0)
+    out = tmp_path / "two"
+    tokenize(corpus, out, shard_seconds=20.0, rank=0, world=2)
+    parts = sorted((out / ".work").glob("*.part"))
+    parts[0].write_bytes(b"damaged")
+    parts[1].unlink()
+    (out / ".work" / f"{parts[2].stem}.json").write_text("{")
+    (out / ".work" / "seconds.npy").write_bytes(b"damaged")
+    assert tokenize(corpus, out, shard_seconds=20.0).complete
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_another_jobs_folder_is_left_alone(tmp_path, corpus):
+    out = tmp_path / "out"
+    tokenize(corpus / "speaker1", out)
+    before = contents(out)
+    with pytest.raises(OutputError, match="another job"):
+        tokenize(corpus / "speaker2", out)
+    assert contents(out) == before
+    tokenize(corpus / "speaker2", out, overwrite=True)
+    assert contents(out) != before
+    partly = tmp_path / "partly"
+    tokenize(corpus, partly, shard_seconds=20.0, rank=0, world=2)
+    with pytest.raises(OutputError, match="another job"):
+        tokenize(corpus / "speaker2", partly)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        tokenize(corpus, tmp_path / "file")
+    stray = tmp_path / "stray"
+    stray.mkdir()
+    (stray / "part-00000.parquet").write_bytes(b"somebody's")
+    with pytest.raises(OutputError, match="no job of this tool"):
+        tokenize(corpus, stray)
+    (stray / "tokenizer.json").write_text("{}")
+    with pytest.raises(OutputError, match="another job"):
+        tokenize(corpus, stray)
+
+
+def test_repeating_a_finished_job_changes_nothing(tmp_path, corpus):
+    tokenize(corpus, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = tokenize(corpus, tmp_path / "out")
+    assert (again.files, again.failed, again.complete, again.audio_seconds) == (120, 3, True, 0)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
