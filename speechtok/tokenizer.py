@@ -38,7 +38,7 @@ __all__ = ["DEFAULT_WINDOW", "EncodedWindow", "Tokenizer"]
 FORMAT = 1
 DEFAULT_WINDOW = WindowRule(max_seconds=30.0, context_seconds=3.0)
 # Windows are pooled and sorted by length before they are cut into batches, so that little is padded.
-_POOL_BATCHES = 8
+_POOL_BATCHES = 4
 
 _DESCRIPTION_FIELDS = (
     "name", "fingerprint", "encoder", "encoder_config", "layer", "quantizer", "vocab_size", "sample_rate", "window",

@@ -171,7 +171,8 @@ def _power(frames: Tensor, n_fft: int) -> Tensor:
     """Power spectrum: float32 [B, T, n_fft // 2 + 1]."""
     if frames.numel() == 0:
         return torch.zeros(*frames.shape[:2], n_fft // 2 + 1, device=frames.device)
-    return torch.view_as_real(torch.fft.rfft(frames, n=n_fft)).square().sum(-1).float()
+    spectrum = torch.fft.rfft(frames, n=n_fft)
+    return torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag).float()
 
 
 def _zero_behind(features: Tensor, lengths: Tensor) -> Tensor:

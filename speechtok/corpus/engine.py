@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import torch
 from speechtok.corpus import formats
 from speechtok.corpus.ledger import Ledger
 from speechtok.corpus.plan import Plan, cut_shards, plan_hash, probe, storable
-from speechtok.corpus.shard import run_shard
+from speechtok.corpus.shard import Decoder, ShardResult, run_shard
 from speechtok.corpus.sources import Utterance, scan
 from speechtok.errors import InputError, OutputError, SpeechtokError
 from speechtok.hub import load
@@ -122,9 +122,36 @@ def _start_worker(tokenizer: Any, devices: Any, threads: int, options: dict[str,
 
 
 def _work(ledger: Ledger, shard: int, utterances: list[Utterance], metadata: dict[str, str]) -> tuple[int, float]:
-    result = run_shard(_worker["tokenizer"], utterances, on_progress=_worker["progress"].put, **_worker["options"])
+    tokenizer, options, progress = _worker["tokenizer"], _worker["options"], _worker["progress"]
+    result = next(_run_shards(tokenizer, [utterances], on_progress=progress.put, **options))
     ledger.commit(shard, result.rows, result.errors, result.seconds, metadata)
     return shard, result.seconds
+
+
+def _run_shards(
+    tokenizer: Tokenizer,
+    shards: Sequence[list[Utterance]],
+    *,
+    batch_seconds: float,
+    decode_threads: int,
+    on_progress: Callable[[float], None],
+) -> Iterator[ShardResult]:
+    """Run shards one after the other; the next one is decoded while this one is encoded."""
+
+    def decoder(index: int) -> Decoder | None:
+        if index >= len(shards):
+            return None
+        return Decoder(shards[index], tokenizer.encoder.grid, tokenizer.window, decode_threads)
+
+    following = decoder(0)
+    try:
+        for index in range(len(shards)):
+            current, following = following, decoder(index + 1)
+            if current is not None:
+                yield run_shard(tokenizer, current, batch_seconds=batch_seconds, on_progress=on_progress)
+    finally:
+        if following is not None:
+            following.close()
 
 
 @contextmanager
@@ -254,6 +281,7 @@ def _run(
     plan: Plan, ledger: Ledger, loaded: Tokenizer, tokenizer: Any, device: str, workers: int, rank: int, world: int,
     batch_seconds: float, decode_threads: int | None, on_event: Callable[[Event], None],
 ) -> Summary:  # fmt: skip
+    utterances = plan.listing.utterances
     mine = range(rank, len(plan.shards), world)
     todo = [shard for shard in mine if ledger.marker(shard) is None]
     total = sum(sum(plan.seconds[slice(*plan.shards[shard])]) for shard in todo)
@@ -277,17 +305,14 @@ def _run(
 
     on_event(Event("run", 0, total))
     if workers == 1 or len(todo) < 2:
-        for shard in todo:
-            result = run_shard(
-                loaded, plan.listing.utterances[slice(*plan.shards[shard])], on_progress=on_progress, **options
-            )
+        shards = [utterances[slice(*plan.shards[shard])] for shard in todo]
+        for shard, result in zip(todo, _run_shards(loaded, shards, on_progress=on_progress, **options), strict=True):
             ledger.commit(shard, result.rows, result.errors, result.seconds, metadata)
             encoded += result.seconds
     else:
         with _pool(tokenizer, device, min(workers, len(todo)), options, on_progress) as pool:
             futures = {
-                pool.submit(_work, ledger, shard, plan.listing.utterances[slice(*plan.shards[shard])], metadata)
-                for shard in todo
+                pool.submit(_work, ledger, shard, utterances[slice(*plan.shards[shard])], metadata) for shard in todo
             }
             encoded = sum(seconds for _, seconds in _results(futures))
     wall = time.perf_counter() - begin

@@ -16,7 +16,7 @@ from speechtok.frames import FrameGrid, Window, WindowRule
 from speechtok.tokenizer import Tokenizer
 from speechtok.windows import cut
 
-__all__ = ["ShardResult", "Source", "decode_windows", "run_shard"]
+__all__ = ["Decoder", "ShardResult", "Source", "run_shard"]
 
 _QUEUE = 32  # windows that wait for the encoder
 
@@ -57,94 +57,116 @@ def _decode(
             )
 
 
-def decode_windows(
-    utterances: Sequence[Utterance], sources: list[Source], grid: FrameGrid, rule: WindowRule, threads: int
-) -> Iterator[Job]:
-    """Windows of all utterances as (index, window, samples), decoded by threads; one thread keeps the files' order.
+class Decoder:
+    """Decodes utterances in threads, from its construction on; iterate over it for (index, window, samples).
 
     Parameters
     ----------
-    sources : list
-        Filled with one `Source` per utterance; complete when the iterator ends.
+    utterances : sequence of Utterance
+    grid : FrameGrid
+    rule : WindowRule
     threads : int
-    """
-    sources.extend(Source() for _ in utterances)
-    ready: queue.Queue[Job | BaseException | None] = queue.Queue(_QUEUE)
-    stop, todo, lock = threading.Event(), iter(range(len(utterances))), threading.Lock()
+        One thread keeps the order of the files.
 
-    def put(item: Job | BaseException | None) -> None:
-        while not stop.is_set():
+    Attributes
+    ----------
+    sources : list of Source
+        One per utterance; complete when the iteration ends.
+    """
+
+    def __init__(self, utterances: Sequence[Utterance], grid: FrameGrid, rule: WindowRule, threads: int):
+        self.utterances, self.grid, self.rule = utterances, grid, rule
+        self.sources = [Source() for _ in utterances]
+        self._ready: queue.Queue[Job | BaseException | None] = queue.Queue(_QUEUE)
+        self._stop, self._lock, self._todo = threading.Event(), threading.Lock(), iter(range(len(utterances)))
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(max(1, threads))]
+        for thread in self._threads:
+            thread.start()
+
+    def _put(self, item: Job | BaseException | None) -> None:
+        while not self._stop.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                return self._ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def _work(self) -> None:
         try:
-            while not stop.is_set():
-                with lock:
-                    index = next(todo, None)
+            while not self._stop.is_set():
+                with self._lock:
+                    index = next(self._todo, None)
                 if index is None:
                     break
-                try:
-                    for window, wave in _decode(utterances[index], sources[index], grid, rule):
-                        put((index, window, wave))
-                        if stop.is_set():
-                            break
-                except (SpeechtokError, MemoryError) as error:
-                    sources[index].error = str(error) or type(error).__name__
+                self._decode(index)
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            put(error)
-        put(None)
+            self._put(error)
+        self._put(None)
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, threads))]
-    for worker in workers:
-        worker.start()
-    try:
-        running = len(workers)
-        while running:
-            item = ready.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        stop.set()
-        for worker in workers:
-            worker.join()
+    def _decode(self, index: int) -> None:
+        utterance, source, grid = self.utterances[index], self.sources[index], self.grid
+        frames = 0
+        try:
+            with AudioFile(utterance.open(), utterance.path) as file:
+                blocks = resampled(file.blocks(), file.sample_rate, grid.sample_rate)
+                for window, wave in cut(blocks, grid, self.rule):
+                    frames += window.count
+                    self._put((index, window, wave))
+                    if self._stop.is_set():
+                        return
+                source.sample_rate, source.num_samples = file.sample_rate, file.num_samples
+            if frames == 0:
+                raise AudioError(
+                    f"{utterance.path}: too short: {file.num_samples} samples at {file.sample_rate} Hz; "
+                    f"the first unit needs {grid.receptive_field / grid.sample_rate * 1000:g} ms"
+                )
+        except (SpeechtokError, MemoryError) as error:
+            source.error = str(error) or type(error).__name__
+
+    def __iter__(self) -> Iterator[Job]:
+        try:
+            running = len(self._threads)
+            while running:
+                item = self._ready.get()
+                if item is None:
+                    running -= 1
+                elif isinstance(item, BaseException):
+                    raise item
+                else:
+                    yield item
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the threads, wherever they are."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def run_shard(
-    tokenizer: Tokenizer,
-    utterances: Sequence[Utterance],
-    *,
-    batch_seconds: float,
-    decode_threads: int,
-    on_progress: Callable[[float], None],
+    tokenizer: Tokenizer, decoder: Decoder, *, batch_seconds: float, on_progress: Callable[[float], None]
 ) -> ShardResult:
-    """Tokenize utterances.
+    """Tokenize the utterances of a decoder.
 
     Parameters
     ----------
+    tokenizer : Tokenizer
+    decoder : Decoder
+        With the tokenizer's grid and window rule.
     batch_seconds : float
         Padded audio per batch; changes speed and memory, never the units.
-    decode_threads : int
     on_progress : callable
         Gets the seconds of audio encoded since the last call.
     """
-    sources: list[Source] = []
-    parts: list[list[tuple[int, NDArray[np.int32]]]] = [[] for _ in utterances]
+    parts: list[list[tuple[int, NDArray[np.int32]]]] = [[] for _ in decoder.utterances]
     seconds = 0.0
-    jobs = decode_windows(utterances, sources, tokenizer.encoder.grid, tokenizer.window, decode_threads)
-    for index, window, encoded in tokenizer.encode_windows(jobs, batch_seconds):
+    for index, window, encoded in tokenizer.encode_windows(decoder, batch_seconds):
         parts[index].append((window.first, encoded.ids))
         length = window.count * tokenizer.encoder.grid.hop_seconds
         seconds += length
         on_progress(length)
     rows, errors = [], []
-    for utterance, source, part in zip(utterances, sources, parts, strict=True):
+    for utterance, source, part in zip(decoder.utterances, decoder.sources, parts, strict=True):
         if source.error is not None:
             errors.append({"key": utterance.key, "path": utterance.path, "reason": source.error})
         else:

@@ -6,8 +6,6 @@ Candidates come from the matrix product ``|c|^2 - 2 x.c``; the two distances are
 differences, so that cancellation does not reach them.
 """
 
-from typing import Any
-
 import numba
 import numpy as np
 import torch
@@ -59,7 +57,6 @@ def _scan(rows, centroids, scores, ids, distances):  # type: ignore[no-untyped-d
         distances[row, 0], distances[row, 1] = np.sqrt(a), np.sqrt(b)
 
 
-@torch.library.custom_op("speechtok::nearest_centroids", mutates_args=(), device_types="cpu")
 def nearest_centroids(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid of each row.
 
@@ -75,10 +72,14 @@ def nearest_centroids(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     distances : float32 [N, 2]
         Euclidean distance to it and to the second nearest (infinite for K = 1).
     """
+    ids, distances = torch.ops.speechtok.nearest_centroids(rows.detach(), centroids.detach())
+    return ids, distances
+
+
+def _nearest_cpu(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.empty(len(rows), dtype=torch.int32)
     distances = torch.empty(len(rows), 2)
-    rows = rows.detach().contiguous()
-    centroids = centroids.detach().contiguous()
+    rows, centroids = rows.contiguous(), centroids.contiguous()
     # Scores cancel where everything lies far from the origin; distances do not change under a common shift.
     shift = centroids.mean(0)
     shifted = centroids - shift
@@ -93,17 +94,11 @@ def nearest_centroids(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return ids, distances
 
 
-@nearest_centroids.register_fake
-def _(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape[0], dtype=torch.int32), rows.new_empty(rows.shape[0], 2)
-
-
-@nearest_centroids.register_kernel("cuda")
 def nearest_centroids_triton(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Fused search on GPU: no [N, K] matrix in memory. Also runs under Triton's interpreter."""
     from speechtok.kernels.nearest_triton import top_two
 
-    rows, centroids = rows.detach().contiguous(), centroids.detach().contiguous()
+    rows, centroids = rows.contiguous(), centroids.contiguous()
     shift = centroids.mean(0)
     first, second = top_two(rows - shift, centroids - shift)
     pair = torch.stack((first, second.clamp_min(0)), 1)
@@ -116,8 +111,13 @@ def nearest_centroids_triton(rows: Tensor, centroids: Tensor) -> tuple[Tensor, T
     return ids.int(), torch.where(swap[:, None], distances.flip(1), distances)
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.mark_non_differentiable(*output)
+def _nearest_fake(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape[0], dtype=torch.int32), rows.new_empty(rows.shape[0], 2)
 
 
-nearest_centroids.register_autograd(lambda ctx, *grads: (None, None), setup_context=_setup)
+# torch.library.custom_op would import the compiler on the first call, which takes two seconds.
+_library = torch.library.Library("speechtok", "FRAGMENT")
+_library.define("nearest_centroids(Tensor rows, Tensor centroids) -> (Tensor ids, Tensor distances)")
+_library.impl("nearest_centroids", _nearest_cpu, "CPU")
+_library.impl("nearest_centroids", nearest_centroids_triton, "CUDA")
+torch.library.register_fake("speechtok::nearest_centroids", _nearest_fake, lib=_library)

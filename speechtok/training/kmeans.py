@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from speechtok.corpus.engine import Event
-from speechtok.corpus.shard import Source, decode_windows
+from speechtok.corpus.shard import Decoder
 from speechtok.corpus.sources import scan
 from speechtok.encoders.base import Encoder
 from speechtok.errors import InputError
@@ -110,17 +110,18 @@ def fit(
 
     listing = scan(source)
     sample = FrameSample(sample_frames, encoder.dim, seed)
-    sources: list[Source] = []
     # One decode thread: files keep their order, batches are the same in every run, and so is the result, to the bit.
-    jobs = decode_windows(listing.utterances, sources, encoder.grid, window, threads=1)
+    decoder = Decoder(listing.utterances, encoder.grid, window, threads=1)
     device = next(encoder.parameters(), torch.zeros(0)).device
     with torch.inference_mode():
-        for index, piece, wave in jobs:
+        for index, piece, wave in decoder:
             frames = encoder(torch.from_numpy(wave)[None].to(device)).features[0]
             sample.add(frames[piece.skip : piece.skip + piece.count].cpu().numpy(), (index, piece.first))
             on_event(Event("sample", index + 1, len(listing.utterances)))
     rows = sample.rows()
-    failed = [entry.error for entry in sources if entry.error is not None] + [bad.reason for bad in listing.rejected]
+    failed = [entry.error for entry in decoder.sources if entry.error is not None] + [
+        bad.reason for bad in listing.rejected
+    ]
     if len(rows) < clusters:
         hint = f"; the first unusable file: {failed[0]}" if failed else ""
         raise InputError(f"{source} gives {len(rows)} frames, fewer than {clusters} clusters{hint}")
