@@ -3,7 +3,9 @@
 Exit status: 0 all good, 1 user or data error, 2 usage, 3 finished but some files failed.
 """
 
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -38,16 +40,25 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C. Typer would swallow a KeyboardInterrupt without a word."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
 def main() -> None:
     """Entry point: errors of the user become one line on standard error."""
     from speechtok.errors import SpeechtokError
 
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except SpeechtokError as error:
         sys.stderr.write(f"speechtok: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except _Interrupted:
         sys.stderr.write("speechtok: interrupted; finished work is kept, run the same command again to go on\n")
         sys.exit(130)
     except BrokenPipeError:

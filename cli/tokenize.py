@@ -72,7 +72,12 @@ def tokenize(
                 "audio encoded now",
                 f"{summary.audio_seconds:,.1f} s in {summary.wall_seconds:,.1f} s = {speed:,.0f} audio-s/s",
             ],
-            ["shards", f"{summary.shards} ({summary.resumed} done before)"],
+            [
+                "shards",
+                f"{summary.shards} ({summary.resumed} done before)"
+                if summary.shards
+                else "complete before, nothing to do",
+            ],
             ["peak memory", f"{result['peak_megabytes']:,.0f} MB"],
             ["output", state],
         ]

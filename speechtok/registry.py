@@ -60,7 +60,7 @@ _FILES = "https://dl.fbaipublicfiles.com"
 
 def _hubert(layer: int, clusters: int, path: str, sha256: str) -> Published:
     return Published(
-        "facebook/hubert-base-ls960", "main", layer, f"{_FILES}/{path}", sha256, clusters, 50.0, 380, "MIT / Apache-2.0"
+        "facebook/hubert-base-ls960", "main", layer, f"{_FILES}/{path}", sha256, clusters, 50.0, 380, "Apache-2.0 / MIT"
     )
 
 
@@ -98,7 +98,7 @@ PUBLISHED: dict[str, Published] = {
         500,
         25.0,
         380,
-        "CC-BY-NC-4.0 / MIT",
+        "see its model card",
     ),
 }
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +116,8 @@ def _start_worker(tokenizer: Any, devices: Any, threads: int, options: dict[str,
 
     # A parent that is killed cannot tell its workers; they must not go on alone.
     threading.Thread(target=die_with_parent, daemon=True).start()
+    # Ctrl-C reaches the whole process group; the parent decides what becomes of the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load(tokenizer)
     loaded.to(devices.get())

@@ -114,8 +114,8 @@ def _picture(
             edgecolor="white",
             linewidth=0.5,
         )
-        # About 0.012 of the picture's width per digit; narrower runs stay without a number.
-        if width / (end - start) > 0.011 * len(str(run["unit"])):
+        # The upright number needs about this share of the picture's width; narrower runs stay without one.
+        if width / (end - start) > 0.009:
             lane.text(begin + width / 2, 0, str(run["unit"]), ha="center", va="center", fontsize=7, rotation=90)
     lane.set(xlim=(start, end), ylim=(-0.5, 0.5), yticks=[], xlabel="seconds", ylabel="units")
     try:

@@ -1,0 +1,72 @@
+"""What all benchmarks share: interleaved timing, facts on the machine, JSON."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["arguments", "interleaved", "machine", "write"]
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Command line of a benchmark: ``--json FILE``, ``--repeats N``, ``--threads N``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next((line.split(":")[1].strip() for line in cpuinfo.open() if line.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def interleaved(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Time cases in turns, so that a slow moment of the machine meets all of them; one warm-up round is not counted.
+
+    Returns
+    -------
+    dict
+        Per case the median, the smallest and the largest seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for round_ in range(repeats + 1):
+        for name, case in cases.items():
+            begin = time.perf_counter()
+            case()
+            if round_:
+                seconds[name].append(time.perf_counter() - begin)
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in seconds.items()
+    }
+
+
+def write(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Write a result as JSON and show it."""
+    text = json.dumps(result, indent=2) + "\n"
+    print(text)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
