@@ -1,5 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
+# Where `make models` finds training data.
+DATA ?= ../shared/data
 BIN := $(VENV)/bin
 # The pinned CPU build of torch satisfies every dependency; GPU users install another torch first (see README).
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -28,7 +30,8 @@ test: lint
 	$(BIN)/pytest -m "not slow" --cov --cov-report=term
 
 models: $(VENV)/.installed
-	$(BIN)/python -m speechtok.benchmarks.train_default
+	rm -f assets/mfcc-k100/tokenizer.json
+	$(BIN)/speechtok fit $(DATA)/speech/train --out assets/mfcc-k100 --clusters 100 --licence Apache-2.0
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m speechtok.benchmarks.early_exit --json benchmarks/results/early_exit.json

@@ -1,4 +1,4 @@
-"""How much faster are units of an intermediate layer than a full pass of transformers?
+"""Time frames of an intermediate layer against a full pass of transformers.
 
 w2v-BERT 2.0 at layer 17 of 24 and HuBERT-base at layer 9 of 12, full size, random weights, fp32, front end included,
 on real or synthetic sound: single files of 10 s, and a batch of mixed lengths that transformers pads in full while
@@ -8,6 +8,7 @@ where it has it, which is its faster setting.
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def w2v_bert(layer: int) -> tuple[Encoder, Callable[[list[torch.Tensor]], Any]]:
 
 
 def hubert(layer: int) -> tuple[Encoder, Callable[[list[torch.Tensor]], Any]]:
-    """As `w2v_bert`. A padded batch of HuBERT-base is wrong in transformers (group norm); here only its speed counts."""
+    """As `w2v_bert`. Padded batches of HuBERT-base are wrong in transformers (group norm); only speed counts here."""
     from transformers import HubertConfig, HubertModel
 
     from speechtok.encoders.hubert import HubertConfig as OurConfig
@@ -75,7 +76,7 @@ def padded(encoder: Encoder, batch: list[torch.Tensor]) -> None:
 
 def main() -> None:
     """Run and report."""
-    options = arguments(__doc__ or "")
+    options = arguments(__doc__)
     import_torchaudio()
     torch.manual_seed(0)
     models = {"w2v-bert-2.0": (w2v_bert, 17, 24), "hubert-base": (hubert, 9, 12)}
@@ -85,12 +86,9 @@ def main() -> None:
             ours, theirs = build(layer)
             row: dict[str, Any] = {"layer": layer, "layers": layers}
             for case, batch in (("single 10 s", waves((10.0,))), ("mixed lengths", waves(MIXED_SECONDS))):
-                runs: dict[str, Callable[[], Any]] = {
-                    "transformers": lambda batch=batch, theirs=theirs: theirs(batch),
-                    "speechtok": lambda batch=batch, ours=ours: one_by_one(ours, batch),
-                }
+                runs = {"transformers": partial(theirs, batch), "speechtok": partial(one_by_one, ours, batch)}
                 if len(batch) > 1:
-                    runs["speechtok padded"] = lambda batch=batch, ours=ours: padded(ours, batch)
+                    runs["speechtok padded"] = partial(padded, ours, batch)
                 times = interleaved(runs, options.repeats)
                 audio = sum(len(w) for w in batch) / 16000
                 row[case] = {

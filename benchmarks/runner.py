@@ -12,18 +12,24 @@ from typing import Any
 
 import torch
 
-__all__ = ["arguments", "interleaved", "machine", "write"]
+__all__ = ["arguments", "interleaved", "machine", "parser", "write"]
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Command line of a benchmark: ``--json FILE``, ``--repeats N``, ``--threads N``."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Command line that all benchmarks have: ``--json FILE``."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--json", type=Path, help="write the result here")
     return options
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """Command line of a timing benchmark: also ``--repeats N`` and ``--threads N``, which are applied."""
+    options = parser(description)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--threads", type=int, default=os.cpu_count())
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    return chosen
 
 
 def machine() -> dict[str, Any]:
@@ -66,7 +72,7 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
 def write(path: Path | None, result: Mapping[str, Any]) -> None:
     """Write a result as JSON and show it."""
     text = json.dumps(result, indent=2) + "\n"
-    print(text)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    print(text, end="")
