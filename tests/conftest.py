@@ -55,37 +55,49 @@ def tokenizer():
     return speechtok.load("mfcc-k100")
 
 
-def tiny_hubert(seed: int = 0, layers: int = 2):
-    """A small random bidirectional encoder with a group-norm front end."""
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+STEM = {"conv_dim": [24] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+
+
+def tiny_encoder(kind: str, seed: int = 0):
+    """A small random bidirectional encoder: hubert and wavlm have the group-norm front end."""
     import torch
 
     from speechtok.encoders.pretrained import build
 
     torch.manual_seed(seed)
-    config = {
-        "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64,
-        "conv_dim": [24] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
-    }  # fmt: skip
-    encoder = build("hubert", config, layers)
+    encoder = build(kind, TINY | ({} if kind == "w2v_bert" else STEM), TINY["num_hidden_layers"])
     with torch.no_grad():
         for parameter in encoder.parameters():
-            parameter.normal_(0, 0.3) if parameter.ndim > 1 else parameter.uniform_(0.2, 1.0)
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.uniform_(0.2, 1.0)
     return encoder
 
 
-@pytest.fixture(scope="session")
-def bidirectional(clip_wave):
-    """A tokenizer whose frames depend on the whole window: tiny random HuBERT and 50 of its frames as centroids."""
+def tiny_tokenizer(kind: str, wave: np.ndarray):
+    """A tokenizer whose frames depend on the whole window: a random encoder and 50 of its frames as centroids."""
     import torch
 
     from speechtok.frames import WindowRule
     from speechtok.quantizers.kmeans import KMeans
     from speechtok.tokenizer import Tokenizer
 
-    encoder = tiny_hubert()
+    encoder = tiny_encoder(kind)
     with torch.inference_mode():
-        frames = encoder(torch.from_numpy(clip_wave)[None]).features[0]
-    return Tokenizer(encoder, KMeans(frames[::4][:50].numpy()), name="tiny", window=WindowRule(2.0, 0.3))
+        frames = encoder(torch.from_numpy(wave)[None]).features[0]
+    return Tokenizer(encoder, KMeans(frames[::4][:50].numpy()), name=f"tiny-{kind}", window=WindowRule(2.0, 0.3))
+
+
+@pytest.fixture(scope="session")
+def bidirectional(clip_wave):
+    return tiny_tokenizer("hubert", clip_wave)
 
 
 @pytest.fixture(scope="session")

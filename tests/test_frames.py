@@ -11,7 +11,7 @@ from speechtok.errors import InputError
 from speechtok.frames import FrameGrid, WindowRule
 from speechtok.windows import WindowBuffer, cut
 
-from .conftest import tiny_hubert
+from .conftest import tiny_encoder
 
 GRID = FrameGrid(16000, 320, 400)
 
@@ -36,7 +36,7 @@ def test_counts(samples, frames):
     assert GRID.num_frames(samples) == frames
 
 
-@pytest.mark.parametrize("encoder", [MfccEncoder(), tiny_hubert()], ids=["mfcc", "hubert"])
+@pytest.mark.parametrize("encoder", [MfccEncoder(), tiny_encoder("hubert")], ids=["mfcc", "hubert"])
 def test_encoders_agree_with_their_grid(encoder):
     hop, field = encoder.hop, encoder.receptive_field
     for n in (0, 1, hop - 1, hop, hop + 1, field - 1, field, field + 1, field + hop - 1, field + hop, field + hop + 1):

@@ -128,9 +128,9 @@ def test_parts_must_fit(tokenizer):
 
 
 def test_broken_weights_are_noticed(clip_wave):
-    from .conftest import tiny_hubert
+    from .conftest import tiny_encoder
 
-    encoder = tiny_hubert()
+    encoder = tiny_encoder("hubert")
     with torch.no_grad():
         encoder.feature_projection.projection.bias[0] = torch.nan
     broken = Tokenizer(encoder, KMeans(np.zeros((2, 32))), name="x")

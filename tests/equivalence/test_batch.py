@@ -6,6 +6,8 @@ import torch
 
 from speechtok.tokenizer import Tokenizer
 
+from ..conftest import tiny_tokenizer
+
 
 def in_batches(tokenizer: Tokenizer, jobs, size):
     parts = {}
@@ -20,9 +22,9 @@ def in_batches(tokenizer: Tokenizer, jobs, size):
     return [tokenizer.assemble(parts[i]) for i in sorted(parts)], ties
 
 
-@pytest.fixture(params=["mfcc", "hubert"])
-def any_tokenizer(request, tokenizer, bidirectional):
-    return tokenizer if request.param == "mfcc" else bidirectional
+@pytest.fixture(params=["mfcc", "hubert", "wavlm", "w2v_bert"])
+def any_tokenizer(request, tokenizer, clip_wave):
+    return tokenizer if request.param == "mfcc" else tiny_tokenizer(request.param, clip_wave)
 
 
 def test_real_files_in_batches_of_1_4_16(any_tokenizer, speech_files, record_property):
