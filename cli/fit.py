@@ -40,9 +40,10 @@ def fit(
         raise OutputError(f"{out} holds a tokenizer already; choose another folder or delete it")
     with progress(log) as tell:
         tokenizer, report = run(
-            source, from_pretrained(encoder, layer).to(device), clusters, name=out.name, standardize=standardize,
+            source, from_pretrained(encoder, layer), clusters, name=out.name, standardize=standardize,
             sample_frames=sample_frames, iterations=iterations, restarts=restarts, seed=seed,
-            window=WindowRule(max_seconds, context_seconds), licence=licence, on_event=tell,
+            window=WindowRule(max_seconds, context_seconds), licence=licence, device=device,
+            on_event=tell,
         )  # fmt: skip
     tokenizer.save(out)
     write_json(json_file, report)

@@ -106,10 +106,10 @@ class WindowRule:
     context_seconds: float
 
     def __post_init__(self) -> None:
-        if not (self.max_seconds > 0 and 0 <= self.context_seconds < self.max_seconds / 2):
+        if not (0 <= 2 * self.context_seconds < self.max_seconds < float("inf")):
             raise InputError(
                 f"window rule max_seconds={self.max_seconds}, context_seconds={self.context_seconds}: "
-                "max_seconds must be positive and more than twice context_seconds"
+                "max_seconds must be finite and more than twice context_seconds"
             )
 
     def max_samples(self, grid: FrameGrid) -> int:

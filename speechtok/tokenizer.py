@@ -24,7 +24,7 @@ from torch import Tensor
 
 from speechtok.audio.decode import AudioFile, as_mono, resampled
 from speechtok.encoders.base import Encoder
-from speechtok.errors import AudioError, CheckpointError, FingerprintError, FormatError, OutputError
+from speechtok.errors import AudioError, CheckpointError, FingerprintError, FormatError, InputError, OutputError
 from speechtok.frames import Window, WindowRule
 from speechtok.quantizers.base import Quantizer
 from speechtok.units import Units
@@ -69,6 +69,15 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """Check a device by putting something on it; InputError if it cannot be used here."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"device {str(name)!r} cannot be used here ({reason}); the CPU is device 'cpu'") from error
 
 
 class Tokenizer:
@@ -133,8 +142,14 @@ class Tokenizer:
         return self.rate * self.quantizer.codebooks * float(np.log2(self.vocab_size))
 
     def to(self, device: str | torch.device) -> "Tokenizer":
-        """Move the models to a device, in place."""
-        self.device = torch.device(device)
+        """Move the models to a device, in place.
+
+        Raises
+        ------
+        InputError
+            If this machine or this build of torch has no such device.
+        """
+        self.device = usable_device(device)
         self.encoder.to(self.device)
         self.quantizer.to(self.device)
         return self

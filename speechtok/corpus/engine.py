@@ -238,8 +238,10 @@ def tokenize(
     """
     if output_format not in formats.FORMATS:
         raise InputError(f"unknown format {output_format!r}; known are: {', '.join(formats.FORMATS)}")
-    if workers < 1 or batch_seconds <= 0 or (shard_seconds is not None and shard_seconds <= 0):
-        raise InputError("workers, batch_seconds and shard_seconds must be positive")
+    if workers < 1 or not all(
+        0 < value < float("inf") for value in (batch_seconds, 1.0 if shard_seconds is None else shard_seconds)
+    ):
+        raise InputError("workers, batch_seconds and shard_seconds must be positive and finite")
     rank, world = rank_and_world(rank, world)
     loaded = (
         tokenizer if isinstance(tokenizer, Tokenizer) else load(tokenizer, device=device if workers == 1 else "cpu")

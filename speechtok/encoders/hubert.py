@@ -243,7 +243,7 @@ class HubertEncoder(Encoder):
         if self.config.do_normalize:
             wave = self._normalize(wave, valid, lengths)
         samples = lengths.tolist()
-        x = self.feature_projection(self.feature_extractor(wave, samples))
+        x = self.feature_projection(self.feature_extractor(wave, lengths))
         frames = None
         if any(self.grid.num_frames(count) < x.shape[1] for count in samples):
             frames = self.frame_lengths(lengths)

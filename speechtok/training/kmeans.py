@@ -19,7 +19,7 @@ from speechtok.errors import InputError
 from speechtok.frames import WindowRule
 from speechtok.kernels.nearest import nearest_centroids
 from speechtok.quantizers.kmeans import KMeans
-from speechtok.tokenizer import DEFAULT_WINDOW, Tokenizer
+from speechtok.tokenizer import DEFAULT_WINDOW, Tokenizer, usable_device
 
 __all__ = ["FrameSample", "fit"]
 
@@ -77,6 +77,7 @@ def fit(
     seed: int = 0,
     window: WindowRule = DEFAULT_WINDOW,
     licence: str = "unknown",
+    device: str = "cpu",
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> tuple[Tokenizer, dict[str, Any]]:
     """Fit a tokenizer.
@@ -112,10 +113,11 @@ def fit(
     sample = FrameSample(sample_frames, encoder.dim, seed)
     # One decode thread: files keep their order, batches are the same in every run, and so is the result, to the bit.
     decoder = Decoder(listing.utterances, encoder.grid, window, threads=1)
-    device = next(encoder.parameters(), torch.zeros(0)).device
+    place = usable_device(device)
+    encoder = encoder.to(place).eval()
     with torch.inference_mode():
         for index, piece, wave in decoder:
-            frames = encoder(torch.from_numpy(wave)[None].to(device)).features[0]
+            frames = encoder(torch.from_numpy(wave)[None].to(place)).features[0]
             sample.add(frames[piece.skip : piece.skip + piece.count].cpu().numpy(), (index, piece.first))
             on_event(Event("sample", index + 1, len(listing.utterances)))
     rows = sample.rows()
