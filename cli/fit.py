@@ -38,9 +38,13 @@ def fit(
 
     if (out / "tokenizer.json").exists():
         raise OutputError(f"{out} holds a tokenizer already; choose another folder or delete it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # now, not after an hour of fitting
+    except OSError as error:
+        raise OutputError(f"{out} cannot be made ({error.strerror}); choose another folder") from error
     with progress(log) as tell:
         tokenizer, report = run(
-            source, from_pretrained(encoder, layer), clusters, name=out.name, standardize=standardize,
+            source, from_pretrained(encoder, layer), clusters, name=out.resolve().name, standardize=standardize,
             sample_frames=sample_frames, iterations=iterations, restarts=restarts, seed=seed,
             window=WindowRule(max_seconds, context_seconds), licence=licence, device=device,
             on_event=tell,
@@ -49,3 +53,5 @@ def fit(
     write_json(json_file, report)
     print_table(f"{tokenizer.name}  {tokenizer.fingerprint}", ["", ""], [[key, value] for key, value in report.items()])
     typer.echo(str(out))
+    if report["files failed"]:
+        raise typer.Exit(3)

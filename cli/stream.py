@@ -32,6 +32,8 @@ def stream(
     from speechtok.errors import AudioError, InputError
     from speechtok.frames import WindowRule
 
+    if sys.stdin is None:
+        raise InputError("standard input is closed; pipe sound into this command")
     source, limit = sys.stdin.buffer, None
     if rate is None:
         header = read_header(source, "standard input")

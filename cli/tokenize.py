@@ -59,10 +59,11 @@ def tokenize(
     }
     write_json(json_file, result)
     if log is not LogMode.quiet:
+        share = f"rank {summary.rank} of {summary.world}: " if summary.world > 1 else ""
         state = str(out) if summary.complete else f"{out} (waiting for the shards of other ranks)"
         rows: list[list[object]] = [
             ["tokenizer", tokenizer],
-            ["files with units", f"{summary.files:,}"],
+            ["files with units", f"{share if not summary.complete else ''}{summary.files:,}"],
             [
                 "files that failed",
                 f"{summary.failed:,}" + (f"  (see {out / 'errors.jsonl'})" if summary.failed else ""),

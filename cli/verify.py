@@ -47,3 +47,5 @@ def verify(
     typer.echo(f"{result['skipped']} files could not be used" if result["skipped"] else "all files could be used")
     if not result["holds"]:
         raise typer.Exit(1)
+    if result["skipped"]:
+        raise typer.Exit(3)

@@ -123,7 +123,8 @@ def resolve(name: str | os.PathLike[str]) -> Path | Published:
         If it is none of them; the message lists the names there are.
     """
     path = Path(name)
-    if path.is_dir():
+    # A bare name is a bundle only if it looks like one: an output folder called like a tokenizer must not hide it.
+    if path.is_dir() and (len(path.parts) > 1 or path.is_absolute() or (path / "quantizer.safetensors").exists()):
         return path
     bundles = shipped()
     if str(name) in bundles:

@@ -22,6 +22,7 @@ class StreamState:
 
     resampler: Resampler
     buffer: WindowBuffer
+    fingerprint: str
     closed: bool = False
 
 
@@ -59,14 +60,18 @@ class Stream:
         self._state = StreamState(
             Resampler(sample_rate, tokenizer.sample_rate),
             WindowBuffer(encoder.grid, window or tokenizer.window, encoder.context),
+            tokenizer.fingerprint,
         )
 
     @property
     def latency_seconds(self) -> float:
         """Longest time from a sound to its units, without computing (a sound's end always releases them)."""
         grid, buffer = self.tokenizer.encoder.grid, self._state.buffer
-        frames = buffer.context if buffer.context is not None else buffer.rule.core(grid) + buffer.rule.context(grid)
-        return grid.num_samples(frames + 1) / grid.sample_rate
+        if buffer.context is not None:
+            return grid.num_samples(buffer.context + 1) / grid.sample_rate
+        # The first window waits until the sound is known to be longer than `max_seconds`, later ones for their context.
+        later = grid.num_samples(buffer.rule.core(grid) + buffer.rule.context(grid) + 1)
+        return max(later, buffer.rule.max_samples(grid) + 1) / grid.sample_rate
 
     def push(self, samples: Any) -> Units:
         """Take samples, float [n] or [n, C] in [-1, 1] or int16, and give the units that are ready (maybe none).
@@ -105,8 +110,9 @@ class Stream:
 
     def restore(self, state: StreamState) -> None:
         """Go on from a state of a stream with the same tokenizer and sample rate."""
-        if (state.resampler.source_rate, state.buffer.grid) != (self.sample_rate, self.tokenizer.encoder.grid):
-            raise AudioError("the state belongs to a stream of another sample rate or tokenizer")
+        theirs = (state.resampler.source_rate, state.buffer.rule, state.fingerprint)
+        if theirs != (self.sample_rate, self._state.buffer.rule, self.tokenizer.fingerprint):
+            raise AudioError("the state belongs to a stream of another sample rate, window or tokenizer")
         self._state = copy.deepcopy(state)
 
     def __enter__(self) -> "Stream":

@@ -302,7 +302,7 @@ class Tokenizer:
         """Open a stream of units; see `speechtok.streaming.Stream`."""
         from speechtok.streaming import Stream
 
-        return Stream(self, sample_rate or self.sample_rate, window=window)
+        return Stream(self, self.sample_rate if sample_rate is None else sample_rate, window=window)
 
     # -- save and load --------------------------------------------------------------------------------------------
 
@@ -390,7 +390,7 @@ class Tokenizer:
         try:
             encoder = build(description["encoder"], description["encoder_config"], description["layer"])
             window = WindowRule(**description["window"])
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise FormatError(f"{folder / 'tokenizer.json'}: malformed configuration ({error})") from error
         weights = _read_tensors(folder / "encoder.safetensors") if encoder.state_dict() else {}
         try:
@@ -425,6 +425,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     missing = [name for name in _DESCRIPTION_FIELDS if not isinstance(description, dict) or name not in description]
     if missing:
         raise FormatError(f"{path} lacks the fields {', '.join(missing)}")
+    wrong = [name for name in ("name", "fingerprint", "encoder", "quantizer") if not isinstance(description[name], str)]
+    if wrong or not isinstance(description["encoder_config"], dict):
+        raise FormatError(f"{path}: {', '.join(wrong) or 'encoder_config'} is not of the right type")
     if description.get("format", FORMAT) != FORMAT:
         raise FormatError(f"{path} has format {description['format']}; this version reads format {FORMAT}")
     return description

@@ -50,7 +50,9 @@ def imported_rooms(path: Path):
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0 and node.module.startswith("speechtok"):
+        if isinstance(node, ast.ImportFrom) and node.level and "cli" not in path.parts:
+            yield "relative imports are for the command line only"
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("speechtok"):
             parts = node.module.split(".")
             yield from ([parts[1]] if len(parts) > 1 else [alias.name for alias in node.names])
         elif isinstance(node, ast.Import):
@@ -70,7 +72,7 @@ def test_imports_run_one_way():
         f"{path.relative_to(ROOT)} imports speechtok.{used}"
         for path, room in modules()
         for used in imported_rooms(path)
-        if used in FLOOR and FLOOR[used] > FLOOR[room] and (room, used) not in ALLOWED
+        if FLOOR.get(used, 99 if " " in used else 0) > FLOOR[room] and (room, used) not in ALLOWED
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -192,11 +192,12 @@ def test_streamed_lines_come_before_the_end(clip):
 
 
 def test_verify(tmp_path, clips, bidirectional, mixed):
+    soundfile.write(mixed / "short.wav", np.zeros(10), 16000)
     result = run("verify", mixed, "--json", tmp_path / "v.json")
-    assert result.exit_code == 0, result.stdout
+    assert result.exit_code == 3, result.stdout
     facts = json.loads((tmp_path / "v.json").read_text())
     assert facts["holds"]
-    assert facts["skipped"] == 1
+    assert facts["skipped"] == 2
     assert [check["files_identical_rate"] for check in facts["checks"]] == [1, 1, 1, 1]
     folder = bidirectional.save(tmp_path / "tiny")
     result = run(
@@ -219,9 +220,14 @@ def test_convert_equals_the_direct_way(tmp_path, clips, output_format, monkeypat
     assert result.exit_code == 0
     names = {p.relative_to(tmp_path / "direct") for p in (tmp_path / "direct").rglob("*") if p.is_file()}
     assert names == {p.relative_to(tmp_path / "converted") for p in (tmp_path / "converted").rglob("*") if p.is_file()}
-    for name in names - {"tokenizer.json"}:
-        if name.suffix != ".parquet" and name.name != "tokenizer.json":
+    for name in names:
+        if name.suffix == ".parquet":
+            assert pq.read_table(tmp_path / "direct" / name).equals(pq.read_table(tmp_path / "converted" / name))
+        elif name.name != "tokenizer.json":
             assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "converted" / name).read_bytes(), name
+    if output_format == "km":  # what convert wrote is nobody's finished job
+        status, error = failing(monkeypatch, capsys, "tokenize", clips, "-o", tmp_path / "converted")
+        assert (status, "no job wrote" in error) == (1, True)
     status, error = failing(
         monkeypatch, capsys, "convert", tmp_path / "parquet", "-o", tmp_path / "converted", "-f", "km"
     )
@@ -239,7 +245,7 @@ def test_interrupt_keeps_the_work(tmp_path, clips):
     command = [sys.executable, "-c", "from speechtok.cli import main; main()", "tokenize", str(manifest), "-o"]
     command += [str(tmp_path / "out"), "--shard-seconds", "30", "--log", "plain"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not list((tmp_path / "out").glob(".work/*.part")) and process.poll() is None:
+    while not list((tmp_path / "out").glob(".work/*/*.part")) and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)

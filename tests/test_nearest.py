@@ -120,6 +120,16 @@ def test_standardisation():
     assert torch.equal(again(torch.from_numpy(rows)).ids, by_hand.ids)
 
 
+def test_margin_bounds_scaled_frames_too():
+    """A tiny scale makes tiny moves of the frame count: the margin is in terms of the frame, not of its scaled form."""
+    quantizer = KMeans([[0, 0], [0, 1]], mean=[1000, 0], scale=[1, 1e-3])
+    frame = torch.tensor([[[1000.0, 0.4e-3]]])
+    codes = quantizer(frame)
+    room = float(codes.margins) * float(frame.norm())
+    assert quantizer(frame + torch.tensor([0, 1.01e-4])).ids != codes.ids
+    assert room <= 1.001e-4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -28,6 +28,21 @@ def test_what_the_target_cannot_hold_is_removed():
     assert np.abs(resample(tone, 48000, 16000)[1000:-1000]).max() < 1e-4
 
 
+def test_is_torchaudios_filter_of_that_name():
+    torchaudio = pytest.importorskip("torchaudio")
+    import torch
+
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 20_000).astype(np.float32)
+    for source, target in RATES:
+        theirs = torchaudio.functional.resample(
+            torch.from_numpy(wave).double(), source, target, lowpass_filter_width=64, rolloff=0.9475937167399596,
+            resampling_method="sinc_interp_kaiser", beta=14.769656459379492,
+        ).numpy()  # fmt: skip
+        ours = resample(wave, source, target)
+        assert len(ours) == len(theirs)
+        assert np.abs(ours - theirs).max() < 2e-6
+
+
 def test_agrees_with_scipy_in_the_pass_band():
     rng = np.random.default_rng(0)
     # Noise below 3 kHz, so that the roll-off of either filter does not matter.
@@ -63,6 +78,10 @@ def test_any_chunking_gives_the_same_bits(rates, length, sizes):
 
 
 def test_absurd_rates_are_refused():
+    with pytest.raises(AudioError, match="no small"):
+        Resampler(767_999, 16000)
+    with pytest.raises(AudioError, match="whole number"):
+        Resampler(16000.0, 16000)
     for rate in (0, 1, 999, 10**7):
         with pytest.raises(AudioError, match="outside"):
             Resampler(rate, 16000)

@@ -23,6 +23,7 @@ __all__ = ["AudioFile", "as_mono", "load", "resampled"]
 
 # Beyond any integer scale that could pass for audio; larger values overflow power spectra.
 _MAX_AMPLITUDE = 1e6
+_MAX_CHANNELS = 64  # of arrays; more look like [channels, samples]
 _BLOCK_VALUES = 1 << 18  # samples times channels that are decoded at a time
 # Formats whose header may only estimate the number of samples.
 _ESTIMATED = {"MP3", "MPEG", "OGG"}
@@ -54,10 +55,10 @@ def as_mono(samples: ArrayLike, name: str = "the array") -> NDArray[np.float32]:
         array = array / np.float32(32768)
     if array.dtype.kind != "f":
         raise AudioError(f"{name} has dtype {array.dtype}; give float samples in [-1, 1] or int16")
-    if array.ndim == 2 and array.shape[1] <= 256:
+    if array.ndim == 2 and array.shape[1] <= _MAX_CHANNELS:
         array = array[:, 0] if array.shape[1] == 1 else array.mean(axis=1, dtype=np.float32)
     if array.ndim != 1:
-        raise AudioError(f"{name} has shape {array.shape}; give [samples] or [samples, channels]")
+        raise AudioError(f"{name} has shape {array.shape}; give [samples] or [samples, up to {_MAX_CHANNELS} channels]")
     array = np.ascontiguousarray(array, dtype=np.float32)
     if not np.isfinite(array).all():
         bad = int(np.flatnonzero(~np.isfinite(array))[0])
@@ -132,6 +133,9 @@ class AudioFile:
         position = file.tell()
         try:
             file.seek(0)
+            if file.read(4) != b"RIFF":  # RIFX and RF64 are the decoder's business alone
+                return
+            file.seek(0)
             header = read_header(file, self.name)
             begin = file.tell()
             present = file.seek(0, io.SEEK_END) - begin
@@ -163,7 +167,7 @@ class AudioFile:
             if len(block) == 0:
                 break
             try:
-                mono = as_mono(block, self.name)
+                mono = as_mono(block[:, 0] if self.channels == 1 else block.mean(axis=1, dtype=np.float32), self.name)
             except AudioError as error:
                 if self.num_samples:
                     raise AudioError(f"{error} (counted from sample {self.num_samples})") from error

@@ -7,6 +7,7 @@ Resampling), the one torchaudio and librosa's resampy use under that name.
 """
 
 import math
+import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -22,15 +23,23 @@ MIN_RATE, MAX_RATE = 1_000, 768_000
 _ZERO_CROSSINGS, _ROLLOFF, _BETA = 64, 0.9475937167399596, 14.769656459379492
 
 
-@lru_cache(maxsize=16)
+# Rates without a small ratio need one row of taps per output phase; 32 million taps are 128 MB.
+_MAX_TAPS, _ROWS = 1 << 25, 256
+_building = threading.Lock()
+
+
+@lru_cache(maxsize=4)
 def _filters(up: int, down: int) -> NDArray[np.float32]:
     """Filter bank [up, 2 * half]: row r holds the taps for an output that lies r / up after an input sample."""
     scale = min(1.0, up / down) * _ROLLOFF
     half = math.ceil(_ZERO_CROSSINGS / scale)
-    position = np.arange(1 - half, half + 1) - np.arange(up)[:, None] / up
-    t = np.clip(position * scale, -_ZERO_CROSSINGS, _ZERO_CROSSINGS)
-    window = np.i0(_BETA * np.sqrt(1 - (t / _ZERO_CROSSINGS) ** 2)) / np.i0(_BETA)
-    return np.ascontiguousarray(np.sinc(t) * window * scale, dtype=np.float32)
+    bank = np.empty((up, 2 * half), np.float32)
+    for begin in range(0, up, _ROWS):  # in blocks: the float64 temporaries stay small
+        phase = np.arange(begin, min(up, begin + _ROWS))[:, None] / up
+        t = np.clip((np.arange(1 - half, half + 1) - phase) * scale, -_ZERO_CROSSINGS, _ZERO_CROSSINGS)
+        window = np.i0(_BETA * np.sqrt(1 - (t / _ZERO_CROSSINGS) ** 2)) / np.i0(_BETA)
+        bank[begin : begin + _ROWS] = np.sinc(t) * window * scale
+    return bank
 
 
 # "reassoc" lets the dot product use vector registers; its order is fixed at compile time, so it is the same for every
@@ -73,13 +82,23 @@ class Resampler:
 
     def __post_init__(self) -> None:
         for rate in (self.source_rate, self.target_rate):
+            if not isinstance(rate, int | np.integer):
+                raise AudioError(f"sample rate {rate!r} is not a whole number of Hz")
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise AudioError(
                     f"sample rate {rate} Hz is outside {MIN_RATE} ... {MAX_RATE} Hz; the header may be damaged"
                 )
         common = math.gcd(self.source_rate, self.target_rate)
         self._up, self._down = self.target_rate // common, self.source_rate // common
-        self._filters = None if self._up == self._down else _filters(self._up, self._down)
+        self._filters = None
+        if self._up != self._down:
+            if 2 * _ZERO_CROSSINGS * max(self._up, self._down) > _MAX_TAPS:
+                raise AudioError(
+                    f"{self.source_rate} Hz cannot be converted to {self.target_rate} Hz: the rates have no small "
+                    "common ratio; resample the sound first"
+                )
+            with _building:  # several threads may meet a new rate at once
+                self._filters = _filters(self._up, self._down)
         self._half = 0 if self._filters is None else self._filters.shape[1] // 2
         # Silence before the start; the history always begins at input index `consumed - len(history)`.
         self.history = np.zeros(max(0, self._half - 1), np.float32)

@@ -16,8 +16,8 @@ __all__ = ["ENCODINGS", "WavHeader", "pcm_blocks", "read_header"]
 ENCODINGS = {"u8": 1, "s16le": 2, "s24le": 3, "s32le": 4, "f32le": 4, "f64le": 8}
 
 _EXTENSIBLE = 0xFFFE
-# Declared sizes that mean "unknown": writers that cannot seek back leave them.
-_UNKNOWN_SIZES = {0, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFF000, 0xFFFFF000}
+# Declared sizes from here on, and 0, mean "unknown": writers that cannot seek back leave them.
+_UNKNOWN_SIZE = 0x7FFFF000
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_header(file: BinaryIO, name: str) -> WavHeader:
         if kind == b"data":
             if channels == 0:
                 raise AudioError(f"{name}: samples come before the format chunk; the header is damaged")
-            return WavHeader(encoding, channels, rate, None if size in _UNKNOWN_SIZES else size)
+            return WavHeader(encoding, channels, rate, None if size == 0 or size >= _UNKNOWN_SIZE else size)
         body = file.read(size + size % 2)
         if kind == b"fmt " and len(body) >= 16:
             tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", body[:16])
@@ -127,5 +127,7 @@ def pcm_blocks(
         if whole:
             yield pcm_to_float(rest[:whole], encoding, channels)
             rest = rest[whole:]
+    if left:
+        raise AudioError(f"the stream ends {left} bytes before the end that its header promises")
     if rest:
         raise AudioError(f"the stream ends inside a sample ({len(rest)} of {width} bytes); is it really {encoding}?")

@@ -47,8 +47,13 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], output_
         reason = formats.check_name(output_format, row.key, row.path)
         if reason is not None:
             raise InputError(f"{row.key!r} cannot be stored as {output_format}: {reason}; choose another format")
-    out.mkdir(parents=True, exist_ok=True)
-    paths = formats.write(output_format, formats.read(source), out, description, description.get("root", ""))
+    # What is written here is no job's output: nothing can be resumed, and errors.jsonl stays where it is.
+    description.pop("job", None)
     target = out / "tokenizer.json"
-    target.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        paths = formats.write(output_format, formats.read(source), out, description, description.get("root", ""))
+        target.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OutputError(f"{error.filename or out} cannot be written ({error.strerror})") from error
     return [*paths, target]

@@ -1,16 +1,16 @@
 """`tokenize`: a whole input to an output folder, with processes, ranks and resume."""
 
-import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from speechtok.corpus import formats
 from speechtok.corpus.ledger import Ledger
 from speechtok.corpus.plan import Plan, cut_shards, plan_hash, probe, storable
 from speechtok.corpus.shard import Decoder, ShardResult, run_shard
-from speechtok.corpus.sources import Utterance, scan
+from speechtok.corpus.sources import Listing, Utterance, scan
 from speechtok.errors import InputError, OutputError, SpeechtokError
 from speechtok.hub import load
 from speechtok.registry import DEFAULT
-from speechtok.tokenizer import Tokenizer
+from speechtok.tokenizer import Tokenizer, usable_device
 
 __all__ = ["Event", "Summary", "rank_and_world", "tokenize"]
 
@@ -48,12 +48,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of a job (of this rank's share of it).
+    """Result of a job.
 
     Parameters
     ----------
-    files, failed, ignored : int
-        Files with units, files in ``errors.jsonl``, files without an audio extension.
+    files, failed : int
+        Files with units and files without: of the whole job if it is complete, else of this rank's share.
+    ignored : int
+        Files without an audio extension.
     audio_seconds, wall_seconds : float
         Of the shards that this process ran now (resumed shards are not counted).
     complete : bool
@@ -70,27 +72,31 @@ class Summary:
     shards: int
     resumed: int
     complete: bool
+    rank: int = 0
+    world: int = 1
 
 
 def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[int, int]:
     """This process's share: the arguments, else Slurm's or torchrun's variables, else (0, 1).
 
-    ``SLURM_ARRAY_TASK_ID`` and ``_COUNT`` (with ``_MIN`` and ``_STEP``), else ``SLURM_PROCID`` and ``SLURM_NTASKS``,
-    else ``RANK`` and ``WORLD_SIZE``.
+    In this order: ``RANK`` and ``WORLD_SIZE``; ``SLURM_ARRAY_TASK_ID`` and ``_COUNT`` (with ``_MIN`` and ``_STEP``);
+    ``SLURM_PROCID`` and ``SLURM_STEP_NUM_TASKS`` or ``SLURM_NTASKS``, unless this is a batch script itself (a Slurm job
+    without a step), where all tasks are this one process.
     """
     if (rank is None) != (world is None):
         raise InputError("--rank and --world go together; give both or neither")
     if rank is None or world is None:
         env = os.environ
         try:
-            if "SLURM_ARRAY_TASK_COUNT" in env:
+            in_step = "SLURM_STEP_ID" in env or "SLURM_STEPID" in env or "SLURM_JOB_ID" not in env
+            if "WORLD_SIZE" in env and "RANK" in env:
+                rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+            elif "SLURM_ARRAY_TASK_COUNT" in env:
                 first = int(env.get("SLURM_ARRAY_TASK_MIN", 0))
                 step = int(env.get("SLURM_ARRAY_TASK_STEP", 1))
                 rank, world = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step, int(env["SLURM_ARRAY_TASK_COUNT"])
-            elif "SLURM_NTASKS" in env and "SLURM_PROCID" in env:
-                rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-            elif "WORLD_SIZE" in env and "RANK" in env:
-                rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+            elif "SLURM_PROCID" in env and in_step:
+                rank, world = int(env["SLURM_PROCID"]), int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
             else:
                 rank, world = 0, 1
         except (KeyError, ValueError) as error:
@@ -242,27 +248,59 @@ def tokenize(
         0 < value < float("inf") for value in (batch_seconds, 1.0 if shard_seconds is None else shard_seconds)
     ):
         raise InputError("workers, batch_seconds and shard_seconds must be positive and finite")
-    rank, world = rank_and_world(rank, world)
-    loaded = (
-        tokenizer if isinstance(tokenizer, Tokenizer) else load(tokenizer, device=device if workers == 1 else "cpu")
-    )
+    options = _Options(*rank_and_world(rank, world), workers, device, batch_seconds, decode_threads)
+    loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load(tokenizer)
+    usable_device(device)
     on_event(Event("scan", 0, 0))
-    listing = storable(scan(source), output_format)
-    job = plan_hash(listing, loaded.fingerprint, output_format, shard_seconds)
-    ledger = Ledger(Path(out), job, output_format)
+    listing = storable(_without(scan(source), Path(out)), output_format)
+    ledger = Ledger(Path(out), plan_hash(listing, loaded.fingerprint, output_format, shard_seconds), output_format)
     try:
-        complete = ledger.open(overwrite=overwrite)
-        if complete:
-            return _completed(Path(out), listing.ignored)
+        if ledger.open(overwrite=overwrite):
+            return _completed(ledger, listing, options)
         seconds = _durations(ledger, listing.utterances, on_event)
-        plan = Plan(job, listing, seconds, cut_shards(seconds, shard_seconds))
-        return _run(
-            plan, ledger, loaded, tokenizer, device, workers, rank, world, batch_seconds, decode_threads, on_event
-        )
-    except OSError as error:
+        plan = Plan(ledger.plan_hash, listing, seconds, cut_shards(seconds, shard_seconds))
+        return _run(plan, ledger, loaded, tokenizer, options, on_event)
+    except (OSError, SpeechtokError) as error:
+        if ledger.complete():
+            # Another process with the same job was quicker and took the work folder away.
+            ledger.tidy()
+            return _completed(ledger, listing, options)
+        if isinstance(error, SpeechtokError):
+            raise
         raise OutputError(
             f"{error.filename or out}: cannot be written ({error.strerror}); finished work is kept, run again to go on"
         ) from error
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How a job is run; nothing here changes its output."""
+
+    rank: int
+    world: int
+    workers: int
+    device: str
+    batch_seconds: float
+    decode_threads: int | None
+
+    def shard_options(self) -> dict[str, Any]:
+        threads = self.decode_threads or min(4, os.cpu_count() or 1)
+        return {"batch_seconds": self.batch_seconds, "decode_threads": threads}
+
+
+def _without(listing: Listing, out: Path) -> Listing:
+    """Leave out what lies in the output folder: an output inside the input is not input."""
+    folder, root = out.resolve(), Path(listing.root)
+
+    def outside(path: str) -> bool:
+        return not (root / path).resolve().is_relative_to(folder)
+
+    return Listing(
+        listing.root,
+        [item for item in listing.utterances if outside(item.file)],
+        [bad for bad in listing.rejected if outside(bad.path.replace("\0", ""))],
+        listing.ignored,
+    )
 
 
 def _durations(ledger: Ledger, utterances: list[Utterance], on_event: Callable[[Event], None]) -> list[float]:
@@ -273,31 +311,31 @@ def _durations(ledger: Ledger, utterances: list[Utterance], on_event: Callable[[
             known = np.load(path, allow_pickle=False)
             if len(known) == len(utterances):
                 return [float(value) for value in known]
-        except ValueError:
-            pass  # half written by a process that was killed: probe again
+        except (ValueError, EOFError):
+            pass  # damaged: probe again
     seconds = probe(utterances, lambda done: on_event(Event("plan", done, len(utterances))))
-    partial = ledger.work / f".seconds.{os.getpid()}.npy"
+    partial = ledger.work / f".{uuid.uuid4().hex}.npy"
     np.save(partial, np.array(seconds))
     partial.replace(path)
     return seconds
 
 
 def _run(
-    plan: Plan, ledger: Ledger, loaded: Tokenizer, tokenizer: Any, device: str, workers: int, rank: int, world: int,
-    batch_seconds: float, decode_threads: int | None, on_event: Callable[[Event], None],
-) -> Summary:  # fmt: skip
+    plan: Plan,
+    ledger: Ledger,
+    loaded: Tokenizer,
+    tokenizer: Any,
+    options: _Options,
+    on_event: Callable[[Event], None],
+) -> Summary:
     utterances = plan.listing.utterances
-    mine = range(rank, len(plan.shards), world)
+    mine = range(options.rank, len(plan.shards), options.world)
     todo = [shard for shard in mine if ledger.marker(shard) is None]
     total = sum(sum(plan.seconds[slice(*plan.shards[shard])]) for shard in todo)
     metadata = {
         "speechtok.tokenizer": loaded.name,
         "speechtok.fingerprint": loaded.fingerprint,
         "speechtok.root": plan.listing.root,
-    }
-    options: dict[str, Any] = {
-        "batch_seconds": batch_seconds,
-        "decode_threads": decode_threads or min(4, os.cpu_count() or 1),
     }
     done = 0.0
     encoded = 0.0
@@ -309,32 +347,38 @@ def _run(
         on_event(Event("run", done, max(total, done)))
 
     on_event(Event("run", 0, total))
-    if workers == 1 or len(todo) < 2:
-        shards = [utterances[slice(*plan.shards[shard])] for shard in todo]
-        for shard, result in zip(todo, _run_shards(loaded, shards, on_progress=on_progress, **options), strict=True):
+    shards = [utterances[slice(*plan.shards[shard])] for shard in todo]
+    workers = min(options.workers, len(todo))
+    if workers < 2:
+        loaded.to(options.device)
+        results = _run_shards(loaded, shards, on_progress=on_progress, **options.shard_options())
+        for shard, result in zip(todo, results, strict=True):
             ledger.commit(shard, result.rows, result.errors, result.seconds, metadata)
             encoded += result.seconds
     else:
-        with _pool(tokenizer, device, min(workers, len(todo)), options, on_progress) as pool:
-            futures = {
-                pool.submit(_work, ledger, shard, utterances[slice(*plan.shards[shard])], metadata) for shard in todo
-            }
+        with _pool(tokenizer, options.device, workers, options.shard_options(), on_progress) as pool:
+            work = zip(todo, shards, strict=True)
+            futures = {pool.submit(_work, ledger, shard, items, metadata) for shard, items in work}
             encoded = sum(seconds for _, seconds in _results(futures))
     wall = time.perf_counter() - begin
     on_event(Event("write", 0, len(plan.shards)))
-    markers = [marker for shard in range(len(plan.shards)) if (marker := ledger.marker(shard))]
+    share = [marker for shard in mine if (marker := ledger.marker(shard))]
     rejected = [asdict(bad) for bad in plan.listing.rejected]
     complete = ledger.finish(len(plan.shards), rejected, loaded.describe(), plan.listing.root)
-    return Summary(
-        files=sum(marker["rows"] for marker in markers),
-        failed=sum(len(marker["errors"]) for marker in markers) + len(plan.listing.rejected),
+    summary = Summary(
+        files=sum(marker["rows"] for marker in share),
+        failed=sum(len(marker["errors"]) for marker in share) + len(rejected),
         ignored=plan.listing.ignored,
         audio_seconds=encoded,
         wall_seconds=wall,
         shards=len(plan.shards),
         resumed=len(mine) - len(todo),
         complete=complete,
+        rank=options.rank,
+        world=options.world,
     )
+    job = ledger.job()
+    return replace(summary, files=job["files"], failed=job["failed"]) if complete and job else summary
 
 
 def _results(futures: set[Future[tuple[int, float]]]) -> Iterator[tuple[int, float]]:
@@ -351,7 +395,7 @@ def _results(futures: set[Future[tuple[int, float]]]) -> Iterator[tuple[int, flo
                 ) from error
 
 
-def _completed(out: Path, ignored: int) -> Summary:
+def _completed(ledger: Ledger, listing: Listing, options: _Options) -> Summary:
     """Summary of a job that was complete before."""
-    facts = json.loads((out / "tokenizer.json").read_text())
-    return Summary(facts["files"], facts["failed"], ignored, 0.0, 0.0, 0, 0, True)
+    job = ledger.job() or {}
+    return Summary(job["files"], job["failed"], listing.ignored, 0.0, 0.0, 0, 0, True, options.rank, options.world)

@@ -86,6 +86,8 @@ class Format:
         ``(rows, folder, context) -> paths``.
     check : callable
         ``(key, path) -> reason`` why the names cannot be stored, or None.
+    files : tuple of str
+        Patterns of the files it writes; none where they are a tree named after the keys.
     """
 
     name: str
@@ -93,29 +95,72 @@ class Format:
     codebooks: bool
     writer: Callable[[Iterable[Row], Path, Context], list[Path]]
     check: Callable[[str, str], str | None] = _any_name
+    files: tuple[str, ...] = ()
 
 
-FORMATS: dict[str, Format] = {
-    entry.name: entry
-    for entry in (
-        Format("parquet", "part-00000.parquet ...: the native columns (datasets, pandas)", True, writers.write_parquet),
-        Format("jsonl", "units.jsonl: the native columns as JSON lines", True, writers.write_jsonl),
-        Format("km", "units.km, dict.km.txt, units.tsv (fairseq, HuBERT)", False, writers.write_km, _km_name),
-        Format(
-            "textless", "units.units, units.durations (textlesslib, ULM)", False, writers.write_textless, _textless_name
-        ),
-        Format("slamkit", "features.jsonl, tokens.jsonl (slamkit, SIMS)", False, writers.write_slamkit),
-        Format("npy", "key.npy per file, in a tree like the input's", True, writers.write_npy, _npy_name),
-        Format(
-            "webdataset",
-            "units-00000.tar ... with key.units.npy and key.json",
-            True,
-            writers.write_webdataset,
-            _webdataset_name,
-        ),
-        Format("kaldi", "text, utt2dur (Kaldi, ESPnet), sorted by key", False, writers.write_kaldi, _kaldi_name),
-    )
-}
+_ALL = (
+    Format(
+        "parquet",
+        "part-00000.parquet ...: the native columns (datasets, pandas)",
+        codebooks=True,
+        writer=writers.write_parquet,
+        files=("part-[0-9][0-9][0-9][0-9][0-9]*.parquet",),
+    ),
+    Format(
+        "jsonl",
+        "units.jsonl: the native columns as JSON lines",
+        codebooks=True,
+        writer=writers.write_jsonl,
+        files=("units.jsonl",),
+    ),
+    Format(
+        "km",
+        "units.km, dict.km.txt, units.tsv (fairseq, HuBERT)",
+        codebooks=False,
+        writer=writers.write_km,
+        check=_km_name,
+        files=("units.km", "dict.km.txt", "units.tsv"),
+    ),
+    Format(
+        "textless",
+        "units.units, units.durations (textlesslib, ULM)",
+        codebooks=False,
+        writer=writers.write_textless,
+        check=_textless_name,
+        files=("units.units", "units.durations"),
+    ),
+    Format(
+        "slamkit",
+        "features.jsonl, tokens.jsonl (slamkit, SIMS)",
+        codebooks=False,
+        writer=writers.write_slamkit,
+        files=("features.jsonl", "tokens.jsonl"),
+    ),
+    Format(
+        "npy",
+        "key.npy per file, in a tree like the input's",
+        codebooks=True,
+        writer=writers.write_npy,
+        check=_npy_name,
+    ),
+    Format(
+        "webdataset",
+        "units-00000.tar ... with key.units.npy and key.json",
+        codebooks=True,
+        writer=writers.write_webdataset,
+        check=_webdataset_name,
+        files=("units-[0-9]*.tar",),
+    ),
+    Format(
+        "kaldi",
+        "text, utt2dur (Kaldi, ESPnet), sorted by key",
+        codebooks=False,
+        writer=writers.write_kaldi,
+        check=_kaldi_name,
+        files=("text", "utt2dur"),
+    ),
+)
+FORMATS: dict[str, Format] = {entry.name: entry for entry in _ALL}
 
 
 def _format(name: str) -> Format:

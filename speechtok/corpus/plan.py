@@ -54,7 +54,7 @@ def storable(listing: Listing, output_format: str) -> Listing:
 
 def plan_hash(listing: Listing, fingerprint: str, output_format: str, shard_seconds: float | None) -> str:
     """Hash of all that decides the output: names, sizes and order of the input, tokenizer, format, shards."""
-    digest = hashlib.sha256(json.dumps([fingerprint, output_format, shard_seconds, listing.root]).encode())
+    digest = hashlib.sha256(json.dumps([fingerprint, output_format, shard_seconds]).encode())
     for item in listing.utterances:
         digest.update(json.dumps([item.key, item.path, item.size]).encode())
     for bad in listing.rejected:

@@ -41,22 +41,6 @@ class Source:
     error: str | None = None
 
 
-def _decode(
-    utterance: Utterance, source: Source, grid: FrameGrid, rule: WindowRule
-) -> Iterator[tuple[Window, NDArray[np.float32]]]:
-    with AudioFile(utterance.open(), utterance.path) as file:
-        frames = 0
-        for window, wave in cut(resampled(file.blocks(), file.sample_rate, grid.sample_rate), grid, rule):
-            frames += window.count
-            yield window, wave
-        source.sample_rate, source.num_samples = file.sample_rate, file.num_samples
-        if frames == 0:
-            raise AudioError(
-                f"{utterance.path}: too short: {file.num_samples} samples at {file.sample_rate} Hz; "
-                f"the first unit needs {grid.receptive_field / grid.sample_rate * 1000:g} ms"
-            )
-
-
 class Decoder:
     """Decodes utterances in threads, from its construction on; iterate over it for (index, window, samples).
 
@@ -119,7 +103,7 @@ class Decoder:
                     f"{utterance.path}: too short: {file.num_samples} samples at {file.sample_rate} Hz; "
                     f"the first unit needs {grid.receptive_field / grid.sample_rate * 1000:g} ms"
                 )
-        except (SpeechtokError, MemoryError) as error:
+        except (SpeechtokError, OSError, MemoryError) as error:
             source.error = str(error) or type(error).__name__
 
     def __iter__(self) -> Iterator[Job]:

@@ -311,7 +311,7 @@ def scan(source: str | os.PathLike[str]) -> Listing:
     problem = text_problem(named)
     if problem:
         raise InputError(f"the input {escape(named)!r} cannot be used: {problem}")
-    path = Path(named).absolute()
+    path = Path(os.path.abspath(named))  # noqa: PTH100 - resolves "..", but keeps links
     try:
         mode = path.stat().st_mode
     except OSError as error:

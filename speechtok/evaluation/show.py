@@ -36,6 +36,8 @@ def draw(
     runs : list of dict
         Runs of equal units in the stretch: start, end (s), unit, frames.
     """
+    if out.suffix.lower() not in {".png", ".pdf", ".svg"}:
+        raise InputError(f"{out}: pictures are written as .png, .pdf or .svg")
     with AudioFile(path) as file:
         wave = np.concatenate(list(resampled(file.blocks(), file.sample_rate, tokenizer.sample_rate)))
         facts: dict[str, Any] = {

@@ -78,11 +78,11 @@ class KMeans(Quantizer):
                 f"frames have {dim} dimensions, the centroids {self.dim}; encoder or layer is another one"
             )
         rows = features.reshape(-1, dim).float()
-        size = rows
+        size = rows.norm(dim=1)
         if self.standardized:
             rows = (rows - self.mean) / self.scale
-            size = size / self.scale
+            size = size / self.scale.min()  # a change of the frame grows by at most this when it is scaled
         ids, distances = nearest_centroids(rows, self.centroids)
         # By the triangle inequality a move of less than half the gap keeps the nearest centroid nearest.
-        margins = (distances[:, 1] - distances[:, 0]) / (2 * size.norm(dim=1)).clamp_min(1e-12)
+        margins = (distances[:, 1] - distances[:, 0]) / (2 * size).clamp_min(1e-12)
         return Codes(ids.view(batch, 1, frames), margins.view(batch, frames))

@@ -92,7 +92,7 @@ def fit(
     standardize : bool
         Scale each dimension to zero mean and unit variance over the sample first.
     sample_frames : int
-        Memory is about twice this times the frame size times 4 bytes.
+        Memory is about six times this times the frame size times 4 bytes.
     iterations, restarts, seed : int
         Of k-means; the restart with the lowest error wins.
 

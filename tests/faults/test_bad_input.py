@@ -127,7 +127,7 @@ def test_names_a_format_cannot_hold_are_errors_not_crashes(tmp_path, zoo, output
     assert summary.files + summary.failed > 40
     if output_format in {"km", "textless", "kaldi"}:
         assert "new\nline" in reasons
-    assert json.loads((out / "tokenizer.json").read_text())["files"] == summary.files
+    assert json.loads((out / "tokenizer.json").read_text())["job"]["files"] == summary.files
     assert not (out / ".work").exists()
     before = sorted(out.rglob("*"))
     assert tokenize(root, out, output_format=output_format).complete
@@ -237,7 +237,7 @@ def test_a_dead_worker_is_reported(tmp_path, clips, tokenizer):
     def kill():
         for _ in range(600):
             time.sleep(0.05)
-            if any((out / ".work").glob("*.part")):
+            if any((out / ".work").glob("*/*.part")):
                 for child in psutil.Process().children(recursive=True):
                     if "spawn_main" in " ".join(child.cmdline()):
                         child.kill()
@@ -268,16 +268,25 @@ def test_options_are_checked(tmp_path, clips, monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert rank_and_world() == (1, 4)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert rank_and_world() == (0, 1), "a batch script is not a task"
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert rank_and_world() == (1, 2)
+    monkeypatch.setenv("RANK", "6")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert rank_and_world() == (6, 8)
+    monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "many")
     with pytest.raises(InputError, match="malformed"):
         rank_and_world()
 
 
 def test_a_lying_header_does_not_allocate(tmp_path):
-    """A header that promises four gigabytes is refused, quickly."""
+    """A header that promises two gigabytes is refused, quickly."""
     body = (
-        b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16) + b"data" + struct.pack("<I", 0xF0000000)
+        b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16) + b"data" + struct.pack("<I", 0x70000000)
     )
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "big.wav").write_bytes(b"RIFF" + struct.pack("<I", 0xF0000000) + body + bytes(1000))
+    (tmp_path / "in" / "big.wav").write_bytes(b"RIFF" + struct.pack("<I", 0x70000000) + body + bytes(1000))
     assert tokenize(tmp_path / "in", tmp_path / "out").failed == 1

@@ -114,6 +114,7 @@ def test_ranks_share_one_folder(tmp_path, corpus, monkeypatch):
         summaries.append(tokenize(corpus, out, shard_seconds=20.0))
     assert [summary.complete for summary in summaries] == [False, False, True]
     assert contents(out) == contents(tmp_path / "one")
+    monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "1")
@@ -124,11 +125,12 @@ def test_damaged_work_is_done_again(tmp_path, corpus):
     tokenize(corpus, tmp_path / "one", shard_seconds=20.0)
     out = tmp_path / "two"
     tokenize(corpus, out, shard_seconds=20.0, rank=0, world=2)
-    parts = sorted((out / ".work").glob("*.part"))
+    (work,) = (out / ".work").iterdir()
+    parts = sorted(work.glob("*.part"))
     parts[0].write_bytes(b"damaged")
     parts[1].unlink()
-    (out / ".work" / f"{parts[2].stem}.json").write_text("{")
-    (out / ".work" / "seconds.npy").write_bytes(b"damaged")
+    (work / f"{parts[2].stem}.json").write_text("{")
+    (work / "seconds.npy").write_bytes(b"")
     assert tokenize(corpus, out, shard_seconds=20.0).complete
     assert contents(out) == contents(tmp_path / "one")
 
@@ -155,8 +157,68 @@ def test_another_jobs_folder_is_left_alone(tmp_path, corpus):
     with pytest.raises(OutputError, match="no job of this tool"):
         tokenize(corpus, stray)
     (stray / "tokenizer.json").write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="no job wrote"):
+            tokenize(corpus, stray, overwrite=overwrite)
+    assert (stray / "part-00000.parquet").read_bytes() == b"somebody's"
+
+
+def test_overwriting(tmp_path, corpus):
+    """Another format's files go, a tree of arrays stays, a finished job is done anew, deleted parts are noticed."""
+    out = tmp_path / "out"
+    tokenize(corpus / "speaker1", out, output_format="km")
+    (out / "mine.txt").write_text("keep")
+    tokenize(corpus / "speaker1", out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"part-00000.parquet", "tokenizer.json", "mine.txt"}
+    before = contents(out)
+    assert tokenize(corpus / "speaker1", out, overwrite=True).audio_seconds > 0
+    assert contents(out) == before
+    (out / "part-00000.parquet").unlink()
+    assert tokenize(corpus / "speaker1", out).complete
+    assert contents(out) == before
+    tokenize(corpus / "speaker1", tmp_path / "tree", output_format="npy")
+    with pytest.raises(OutputError, match="by hand"):
+        tokenize(corpus / "speaker1", tmp_path / "tree", overwrite=True)
+
+
+def test_one_job_never_takes_anothers_shards(tmp_path, corpus):
+    """Job A goes on after B replaced it: A fails, and B's output is B's."""
+    from speechtok.corpus.ledger import Ledger
+
+    out = tmp_path / "out"
+    first, second = Ledger(out, "a" * 32, "parquet"), Ledger(out, "b" * 32, "parquet")
+    first.open()
+    second.open(overwrite=True)
+    with pytest.raises(OSError):
+        first.commit(0, [], [], 0.0, {})
+    assert second.marker(0) is None
     with pytest.raises(OutputError, match="another job"):
-        tokenize(corpus, stray)
+        first.open()
+
+
+def test_two_processes_with_the_same_job(tmp_path, corpus):
+    """Started twice by mistake: both end well, with one output."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    tokenize(corpus, tmp_path / "one", shard_seconds=6.0)
+    for output_format in ("parquet", "km"):
+        job = {"source": str(corpus), "shard_seconds": 6.0, "out": str(tmp_path / output_format)}
+        both = [start(script, job, output_format=output_format) for _ in range(2)]
+        for process in both:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+        assert not (tmp_path / output_format / ".work").exists()
+    assert contents(tmp_path / "parquet") == contents(tmp_path / "one")
+
+
+def test_an_output_inside_the_input_is_not_input(tmp_path, corpus):
+    import shutil
+
+    folder = shutil.copytree(corpus / "speaker1", tmp_path / "in")
+    first = tokenize(folder, folder / "units")
+    again = tokenize(f"{tmp_path}/x/../in", folder / "units")
+    assert again.complete
+    assert (again.files, again.audio_seconds) == (first.files, 0)
 
 
 def test_repeating_a_finished_job_changes_nothing(tmp_path, corpus):
