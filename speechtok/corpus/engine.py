@@ -259,7 +259,12 @@ def tokenize(
             return _completed(ledger, listing, options)
         seconds = _durations(ledger, listing.utterances, on_event)
         plan = Plan(ledger.plan_hash, listing, seconds, cut_shards(seconds, shard_seconds))
-        return _run(plan, ledger, loaded, tokenizer, options, on_event)
+        summary = _run(plan, ledger, loaded, tokenizer, options, on_event)
+        if not summary.complete and ledger.complete():
+            # Another process with the same job was quicker; it could not take away what was written meanwhile.
+            ledger.tidy()
+            return _completed(ledger, listing, options)
+        return summary
     except (OSError, SpeechtokError) as error:
         if ledger.complete():
             # Another process with the same job was quicker and took the work folder away.

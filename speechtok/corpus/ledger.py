@@ -74,6 +74,7 @@ class Ledger:
         if description.exists() and self.job() is None:
             raise OutputError(f"{self.out} holds a tokenizer.json that no job wrote; choose another folder")
         if self.complete() and not overwrite:
+            self.tidy()
             return True
         if not self._owners() and self.out.is_dir() and any(self.out.glob("part-*.parquet")):
             raise OutputError(f"{self.out} holds Parquet parts that no job of this tool claims; choose another folder")
