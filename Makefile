@@ -34,7 +34,9 @@ models: $(VENV)/.installed
 	$(BIN)/speechtok fit $(DATA)/speech/train --out assets/mfcc-k100 --clusters 100 --licence Apache-2.0
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m speechtok.benchmarks.early_exit --json benchmarks/results/early_exit.json
+	$(BIN)/python -m speechtok.benchmarks.equivalence --data $(DATA)/speech/eval --json benchmarks/results/equivalence.json
+	$(BIN)/python -m speechtok.benchmarks.phone_quality --data $(DATA)/speech/eval --json benchmarks/results/phone_quality_mfcc-k100.json
+	$(BIN)/python -m speechtok.benchmarks.early_exit --repeats 7 --json benchmarks/results/early_exit.json
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

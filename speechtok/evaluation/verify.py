@@ -25,7 +25,7 @@ from speechtok.frames import Window, WindowRule
 from speechtok.tokenizer import Tokenizer
 from speechtok.units import Units
 
-__all__ = ["verify"]
+__all__ = ["feature_difference", "in_batches", "verify"]
 
 _BATCHES = (4, 16)
 _KILLS = 3
@@ -53,7 +53,7 @@ def verify(
     Returns
     -------
     dict
-        ``checks`` (each with the rates of identical files and frames), ``max_feature_difference``, ``skipped``
+        ``checks`` (each with the rates of identical files and frames), ``maxfeature_difference``, ``skipped``
         and ``holds``: whether every required rate is 1.
     """
     utterances = scan(source).utterances
@@ -78,7 +78,7 @@ def verify(
     offline = [tokenizer.encode(wave, rate) for wave, rate in waves]
     checks = []
     for size in _BATCHES:
-        units, ties = _in_batches(tokenizer, waves, size)
+        units, ties = in_batches(tokenizer, waves, size)
         checks.append(_compare(f"batched by {size} = single", units, offline, ties) | {"required": True})
     chunks = random.Random(seed)
     checks.append(
@@ -106,7 +106,7 @@ def verify(
         "tokenizer": tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
         "checks": checks,
-        "max_feature_difference": _feature_difference(tokenizer, waves),
+        "maxfeature_difference": feature_difference(tokenizer, waves),
         "skipped": skipped,
         "holds": all(check["files_identical_rate"] == 1 for check in checks if check["required"]),
     }
@@ -118,7 +118,7 @@ def _windows(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> list[tuple[int, W
     ]
 
 
-def _in_batches(tokenizer: Tokenizer, waves: Sequence[Loaded], size: int) -> tuple[list[Units], int]:
+def in_batches(tokenizer: Tokenizer, waves: Sequence[Loaded], size: int) -> tuple[list[Units], int]:
     """Units with exactly `size` windows per batch, in input order (lengths mixed), and the number of near-ties."""
     jobs = _windows(tokenizer, waves)
     parts: list[list[tuple[int, NDArray[np.int32]]]] = [[] for _ in waves]
@@ -134,7 +134,7 @@ def _in_batches(tokenizer: Tokenizer, waves: Sequence[Loaded], size: int) -> tup
 
 
 @torch.inference_mode()
-def _feature_difference(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> float:
+def feature_difference(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> float:
     """Largest relative difference (Euclidean norm per frame) between a batch of 16 and single passes."""
     worst = 0.0
     jobs = _windows(tokenizer, waves)
