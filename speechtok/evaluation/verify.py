@@ -53,7 +53,7 @@ def verify(
     Returns
     -------
     dict
-        ``checks`` (each with the rates of identical files and frames), ``maxfeature_difference``, ``skipped``
+        ``checks`` (each with the rates of identical files and frames), ``max_feature_difference``, ``skipped``
         and ``holds``: whether every required rate is 1.
     """
     utterances = scan(source).utterances
@@ -106,7 +106,7 @@ def verify(
         "tokenizer": tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
         "checks": checks,
-        "maxfeature_difference": feature_difference(tokenizer, waves),
+        "max_feature_difference": feature_difference(tokenizer, waves),
         "skipped": skipped,
         "holds": all(check["files_identical_rate"] == 1 for check in checks if check["required"]),
     }
