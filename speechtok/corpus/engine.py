@@ -266,7 +266,7 @@ def tokenize(
             return _completed(ledger, listing, options)
         return summary
     except (OSError, SpeechtokError) as error:
-        if ledger.complete():
+        if ledger.complete() and not overwrite:
             # Another process with the same job was quicker and took the work folder away.
             ledger.tidy()
             return _completed(ledger, listing, options)

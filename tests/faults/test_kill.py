@@ -176,8 +176,9 @@ def test_overwriting(tmp_path, corpus):
     assert tokenize(corpus / "speaker1", out).complete
     assert contents(out) == before
     tokenize(corpus / "speaker1", tmp_path / "tree", output_format="npy")
-    with pytest.raises(OutputError, match="by hand"):
-        tokenize(corpus / "speaker1", tmp_path / "tree", overwrite=True)
+    for output_format in ("parquet", "npy"):
+        with pytest.raises(OutputError, match="by hand"):
+            tokenize(corpus / "speaker1", tmp_path / "tree", output_format=output_format, overwrite=True)
 
 
 def test_one_job_never_takes_anothers_shards(tmp_path, corpus):
