@@ -1,0 +1,113 @@
+"""Where augmentation takes its noises and room responses from."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speechtok.audio.decode import load
+from speechtok.errors import InputError
+
+__all__ = ["SPLITS", "ClipSource", "FileClips", "Report", "Wave", "clips_of_split"]
+
+Wave = NDArray[np.float32]
+Report = dict[str, float | str]
+
+SPLITS = ("train", "valid", "test")
+
+
+class ClipSource(Protocol):
+    """Where noises or room responses come from: files, or a simulator of rooms."""
+
+    def draw(self, generator: np.random.Generator, sample_rate: int) -> tuple[Wave, Report]:
+        """Give a sound, float32 [n] at `sample_rate` (Hz), and facts on it for a report.
+
+        All chance must come from the generator, and as many values at every sample rate.
+        """
+        ...
+
+
+@dataclass
+class FileClips:
+    """Sound files, decoded when they are first drawn and then kept.
+
+    Parameters
+    ----------
+    folder : Path
+    paths : sequence of str
+        Files below the folder.
+    groups : sequence of str, optional
+        A group for each file. A group is drawn first and then one of its files, so that a room that was measured at
+        many places counts as one room. Without it all files are equally likely.
+    """
+
+    folder: Path
+    paths: Sequence[str]
+    groups: Sequence[str] | None = None
+    _cache: dict[tuple[str, int], Wave] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.paths or (self.groups is not None and len(self.groups) != len(self.paths)):
+            raise InputError(f"{self.folder}: at least one file, and a group for each or none, are needed")
+        members: dict[str, list[str]] = {}
+        for path, group in zip(self.paths, self.groups or self.paths, strict=True):
+            members.setdefault(group, []).append(path)
+        # Sorted: the order of a listing must not decide what is drawn.
+        self._members = [sorted(members[group]) for group in sorted(members)]
+
+    def draw(self, generator: np.random.Generator, sample_rate: int) -> tuple[Wave, Report]:
+        """Give a clip, float32 [n] at `sample_rate`, and its path; errors as `speechtok.audio.decode.load`."""
+        group, member = generator.random(2).tolist()
+        paths = self._members[int(group * len(self._members))]
+        path = paths[int(member * len(paths))]
+        # Two threads may decode the same file at once; both get the same samples.
+        if (path, sample_rate) not in self._cache:
+            clip = load(self.folder / path, sample_rate)
+            clip.setflags(write=False)  # it is handed out again
+            self._cache[path, sample_rate] = clip
+        return self._cache[path, sample_rate], {"clip": path}
+
+
+def clips_of_split(folder: str | os.PathLike[str], split: str, group_by: str | None = None) -> FileClips | None:
+    """Read a listing of sound files.
+
+    Parameters
+    ----------
+    folder : path
+        Holds ``metadata.jsonl``, one JSON object a line with the fields `path` (below the folder) and `split`.
+    split : {"train", "valid", "test"}
+        Which files to take.
+    group_by : str, optional
+        Field that makes the groups.
+
+    Returns
+    -------
+    FileClips or None
+        None where there is no file of that split.
+
+    Raises
+    ------
+    InputError
+        If there is no such listing, or it is damaged.
+    """
+    listing = Path(folder) / "metadata.jsonl"
+    if split not in SPLITS:
+        raise InputError(f"split={split!r}: one of {', '.join(SPLITS)} is needed")
+    try:
+        rows = [json.loads(line) for line in listing.read_text().splitlines() if line.strip()]
+        rows = [row for row in rows if row["split"] == split]
+        paths = [str(row["path"]) for row in rows]
+        groups = None if group_by is None else [str(row[group_by]) for row in rows]
+    except OSError as error:
+        raise InputError(f"{listing}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{listing}: a line is no object with the fields it needs ({error!r})") from error
+    for path in paths:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise InputError(f"{listing}: {path!r} leads out of the folder")
+    return FileClips(Path(folder), paths, groups) if paths else None
