@@ -35,7 +35,8 @@ models: $(VENV)/.installed
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m speechtok.benchmarks.equivalence --data $(DATA)/speech/eval --json benchmarks/results/equivalence.json
-	$(BIN)/python -m speechtok.benchmarks.phone_quality --data $(DATA)/speech/eval --json benchmarks/results/phone_quality_mfcc-k100.json
+	$(BIN)/speechtok evaluate units $(DATA)/speech/eval --augment-data $(DATA) --json benchmarks/results/units_mfcc-k100.json
+	$(BIN)/speechtok evaluate abx $(DATA)/speech/eval --json benchmarks/results/abx_mfcc-k100.json
 	$(BIN)/python -m speechtok.benchmarks.early_exit --repeats 7 --json benchmarks/results/early_exit.json
 
 clean:

@@ -1,0 +1,225 @@
+"""``speechtok evaluate``: tokenizers measured on aligned speech."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .common import DEFAULT_TOKENIZER, Device, Json, Log, LogMode, print_table, progress, write_json
+
+__all__ = ["evaluate"]
+
+evaluate = typer.Typer(
+    help="Measure tokenizers on a folder of aligned speech.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Holds sound files, metadata.jsonl and alignments.jsonl.")
+]
+Tokenizers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tokenizer", "-t", metavar="NAME", help=f"A tokenizer folder or name; may be repeated; {DEFAULT_TOKENIZER}."
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit-files", min=1, help="Use at most this many utterances, evenly spread.")
+]
+Shift = Annotated[
+    int, typer.Option("--shift-frames", help="Frame i takes the label at the centre of frame i + this many.")
+]
+
+
+class Norm(StrEnum):
+    """What edits are divided by."""
+
+    dedup_ref = "dedup_ref"
+    frames = "frames"
+    max_len = "max_len"
+
+
+class Agg(StrEnum):
+    """How utterances are averaged."""
+
+    mean = "mean"
+    pooled = "pooled"
+
+
+class Representation(StrEnum):
+    """What is compared."""
+
+    frames = "frames"
+    units = "units"
+
+
+class Condition(StrEnum):
+    """Who says X."""
+
+    within = "within"
+    across = "across"
+
+
+class Distance(StrEnum):
+    """Of two frames."""
+
+    angular = "angular"
+    euclidean = "euclidean"
+    symmetric_kl = "symmetric_kl"
+    identical = "identical"
+
+
+class Slicing(StrEnum):
+    """Which frames belong to a phone."""
+
+    inclusive = "inclusive"
+    librilight = "librilight"
+
+
+@evaluate.command()
+def units(
+    folder: Folder,
+    tokenizer: Tokenizers = None,
+    augment_data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Holds noise/ and rir/: also measure edit distances under augmentation."),
+    ] = None,
+    augment_split: Annotated[str, typer.Option(help="Split of its noises and rooms.")] = "test",
+    norm: Annotated[Norm, typer.Option(help="Length that unit edits are divided by.")] = Norm.dedup_ref,
+    agg: Annotated[Agg, typer.Option(help="Mean of the utterances' ratios, or pooled.")] = Agg.mean,
+    shift: Shift = 0,
+    codebook: Annotated[int, typer.Option(min=0, help="The one that is compared with phones.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the augmentations.")] = 0,
+    limit_files: Limit = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+    json_file: Json = None,
+) -> None:
+    """Phones in units (PNMI, purity), codebook use, bitrate, and edit distance under augmentation."""
+    import speechtok
+    from speechtok.evaluation.units import evaluate as run
+
+    results = []
+    for name in tokenizer or [DEFAULT_TOKENIZER]:
+        with progress(log) as tell:
+            results.append(
+                run(
+                    folder, speechtok.load(name, device=device), shift=shift, codebook=codebook,
+                    augment_data=augment_data, augment_split=augment_split, seed=seed, norm=norm.value, agg=agg.value,
+                    limit_files=limit_files, on_event=tell,
+                )
+            )  # fmt: skip
+    write_json(json_file, results)
+    if log is not LogMode.quiet:
+        _show_units(str(folder), results)
+
+
+def _show_units(folder: str, results: list[dict[str, Any]]) -> None:
+    phones: list[list[Any]] = []
+    costs: list[list[Any]] = []
+    edits: list[list[Any]] = []
+    for result in results:
+        for group, figures in result["groups"].items():
+            row = [result["tokenizer"], group]
+            for silence in ("without", "with"):
+                found = figures[f"{silence}_silence"]
+                phones.append([*row, silence, found["frames"]])
+                names = (
+                    "pnmi", "pnmi_miller_madow", "phone_purity", "cluster_purity", "conditional_entropy_nats",
+                    "speaker_leakage_miller_madow",
+                )  # fmt: skip
+                phones[-1] += [round(found[name], 4) if name in found else "" for name in names]
+            use, cost = figures["codebook"], figures["bitrate"]
+            names = (
+                "units_per_second", "runs_per_second", "nominal_bitrate", "entropy_bitrate", "entropy_bitrate_runs",
+                "entropy_bitrate_runs_and_durations",
+            )  # fmt: skip
+            costs.append([*row, round(figures["seconds"], 1), use["units_used"], use["usage"], use["dead_codes"]])
+            costs[-1] += [round(use["perplexity"], 1)]
+            costs[-1] += [round(cost[name], 2) if name in cost else "" for name in names]
+            if figures["ued"]:
+                edits.append([*row, *(round(found["ued"], 2) for found in figures["ued"].values())])
+    conventions = results[0]["conventions"]
+    print_table(
+        f"Units and phones on {folder} (labels shifted by {conventions['shift_frames']} frames)",
+        [
+            "tokenizer", "speech", "silence", "frames", "PNMI", "PNMI (MM)", "phone purity", "cluster purity",
+            "H(unit|phone)", "speaker leakage (MM)",
+        ],
+        phones,
+    )  # fmt: skip
+    print_table(
+        "Codebook (all frames) and cost",
+        [
+            "tokenizer", "speech", "seconds", "used", "p>1/10K", "dead", "perplexity", "units/s", "runs/s",
+            "nominal bit/s", "entropy bit/s", "of runs", "+durations",
+        ],
+        costs,
+    )  # fmt: skip
+    if edits:
+        chosen = conventions["ued"]
+        print_table(
+            f"Unit edit distance in % (norm {chosen['norm']}, agg {chosen['agg']}, seed {chosen['seed']})",
+            ["tokenizer", "speech", *chosen["families"]],
+            edits,
+        )
+
+
+@evaluate.command()
+def abx(
+    folder: Folder,
+    tokenizer: Tokenizers = None,
+    representation: Annotated[
+        list[Representation] | None, typer.Option("--representation", "-r", help="May be repeated; default both.")
+    ] = None,
+    condition: Annotated[list[Condition] | None, typer.Option(help="May be repeated; default both.")] = None,
+    distance: Annotated[Distance | None, typer.Option(help="Of frames; default angular, for units identical.")] = None,
+    slicing: Annotated[
+        Slicing, typer.Option(help="librilight drops the last frame of each phone, as published figures do.")
+    ] = Slicing.inclusive,
+    shift: Shift = 0,
+    items_per_cell: Annotated[int, typer.Option(min=0, help="Items of a phone, context and speaker; 0: all.")] = 10,
+    x_speakers: Annotated[int, typer.Option(min=0, help="X speakers per A, B and context; 0: all.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of this subsampling.")] = 0,
+    limit_files: Limit = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+    json_file: Json = None,
+) -> None:
+    """ABX error of phones between equal neighbours, within and across speakers."""
+    import speechtok
+    from speechtok.evaluation.abx import evaluate as run
+
+    conditions: list[Literal["within", "across"]] = [one.value for one in condition or Condition]
+    results = []
+    for name in tokenizer or [DEFAULT_TOKENIZER]:
+        loaded = speechtok.load(name, device=device)
+        for kind in representation or Representation:
+            with progress(log) as tell:
+                results.append(
+                    run(
+                        folder, loaded, representation=kind.value, conditions=conditions,
+                        distance=None if distance is None else distance.value, slicing=slicing.value, shift=shift,
+                        items_per_cell=items_per_cell or None, x_speakers=x_speakers or None, seed=seed,
+                        limit_files=limit_files, on_event=tell,
+                    )
+                )  # fmt: skip
+    write_json(json_file, results)
+    if log is LogMode.quiet:
+        return
+    rows: list[list[Any]] = []
+    for result in results:
+        for group, figures in result["groups"].items():
+            rows.append([result["tokenizer"], result["representation"], result["conventions"]["distance"], group])
+            rows[-1] += [figures["items"]]
+            for one in conditions:
+                found = figures[one]
+                rows[-1] += ["-" if found["error"] is None else round(found["error"], 2), found["cells"]]
+    print_table(
+        f"ABX error in % on {folder} ({slicing.value} slicing, labels shifted by {shift} frames, at most "
+        f"{items_per_cell or 'all'} items per cell and {x_speakers or 'all'} X speakers, seed {seed})",
+        ["tokenizer", "of", "distance", "speech", "items", *(x for one in conditions for x in (one, "cells"))],
+        rows,
+    )
