@@ -10,11 +10,13 @@ from types import FrameType
 import typer
 
 from .convert import convert
+from .evaluate import evaluate
 from .fit import fit
 from .models import models
 from .show import show
 from .stream import stream
 from .tokenize import tokenize
+from .train import train
 from .verify import verify
 
 __all__ = ["app", "main"]
@@ -29,6 +31,8 @@ app = typer.Typer(
 )
 for command in (tokenize, fit, models, show, stream, verify, convert):
     app.command()(command)
+app.add_typer(train)
+app.add_typer(evaluate, name="evaluate")
 
 
 @app.callback(invoke_without_command=True)

@@ -90,6 +90,8 @@ _LABELS = {
     "write": "writing",
     "sample": "sampling",
     "fit": "k-means",
+    "read": "reading sound",
+    "train": "training",
 }
 
 
@@ -129,7 +131,7 @@ def _bar() -> Iterator[Callable[[Any], None]]:
                 begin[event.stage] = time.perf_counter()
                 tasks[event.stage] = bar.add_task(_LABELS[event.stage], total=event.total or None, rate="")
             speed = event.done / max(1e-9, time.perf_counter() - begin[event.stage])
-            rate = f"{speed:,.0f} audio-s/s" if event.stage == "run" and event.done else ""
+            rate = f"{speed:,.0f} audio-s/s" if event.stage == "run" and event.done else event.note
             bar.update(tasks[event.stage], completed=event.done, total=event.total or None, rate=rate)
 
         yield tell
@@ -154,7 +156,8 @@ def _lines(mode: LogMode, interval: float = 5.0) -> Callable[[Any], None]:
             sys.stderr.write(json.dumps(record) + "\n")
         else:
             tail = "" if left is None else f", {speed:,.0f}/s, {left:,.0f} s left"
-            sys.stderr.write(f"{_LABELS[event.stage]}: {event.done:,.0f} of {event.total:,.0f}{tail}\n")
+            note = f", {event.note}" if event.note else ""
+            sys.stderr.write(f"{_LABELS[event.stage]}: {event.done:,.0f} of {event.total:,.0f}{tail}{note}\n")
         sys.stderr.flush()
 
     return tell

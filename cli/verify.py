@@ -16,10 +16,13 @@ def verify(
     ] = None,
     context_seconds: Annotated[float, typer.Option(help="Context of such windows.")] = 1.0,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the random chunk sizes and kill times.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sizes of pushed pieces and of the kill times.")] = 0,
     json_file: Json = None,
 ) -> None:
-    """Measure on your files: batched = single, streamed = offline, killed and resumed = one pass."""
+    """Measure on your files: batched = single, streamed = offline, killed and resumed = one pass.
+
+    Streams are pushed in pieces of 1 sample to 2 seconds, at several sample rates.
+    """
     import speechtok
     from speechtok.evaluation.verify import verify as run
     from speechtok.frames import WindowRule

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from speechtok.errors import SpeechtokError
     from speechtok.hub import load
-    from speechtok.streaming import Stream
+    from speechtok.streaming import Stream, Streams
     from speechtok.tokenizer import Tokenizer
     from speechtok.units import Units
 
 __version__ = "0.1.0"
-__all__ = ["SpeechtokError", "Stream", "Tokenizer", "Units", "__version__", "load"]
+__all__ = ["SpeechtokError", "Stream", "Streams", "Tokenizer", "Units", "__version__", "load"]
 
 _NAMES = {
     "SpeechtokError": "errors",
     "Stream": "streaming",
+    "Streams": "streaming",
     "Tokenizer": "tokenizer",
     "Units": "units",
     "load": "hub",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from speechtok.errors import InputError
 
-__all__ = ["FrameGrid", "Window", "WindowRule"]
+__all__ = ["Context", "FrameGrid", "Window", "WindowRule"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,57 @@ class FrameGrid:
 
 
 @dataclass(frozen=True)
+class Context:
+    """Which frames a frame of an encoder depends on, where that is bounded.
+
+    Encoders without chunks: frame t depends on the samples of the frames ``t - left ... t + right``. Encoders that
+    work in chunks: with ``c = (t + look_ahead) // chunk``, on those of the frames
+    ``c * chunk - left ... (c + 1) * chunk - 1``; windows of them begin at a multiple of `chunk`.
+
+    Parameters
+    ----------
+    left, right : int
+        Frames; `left` is a multiple of `chunk`, `right` is 0 for encoders in chunks.
+    chunk : int
+        Frames that are computed together; 1: no chunks.
+    look_ahead : int
+        Frames by which the answer comes later than its frame (encoders in chunks); at most `left`.
+    """
+
+    left: int
+    right: int
+    chunk: int = 1
+    look_ahead: int = 0
+
+    def needs(self, first: int, last: int) -> tuple[int, int]:
+        """Frames ``[begin, end)`` whose samples the frames ``[first, last)`` depend on; `end` may pass the sound's."""
+        begin = (first + self.look_ahead) // self.chunk * self.chunk - self.left
+        end = -(-(last + self.look_ahead) // self.chunk) * self.chunk + self.right
+        return max(0, begin), end
+
+    @property
+    def most_ahead(self) -> int:
+        """Largest number of later frames that a frame waits for."""
+        return self.right + self.look_ahead + self.chunk - 1
+
+    def ready(self, frames: int, *, final: bool = True) -> int:
+        """Chunks that can be computed when a sound of so many frames ends (`final`) or when more may follow."""
+        if final:  # the answer for the last frame comes `look_ahead` frames later
+            return -(-(frames + self.look_ahead) // self.chunk) if frames else 0
+        return max(0, (frames - self.right) // self.chunk)
+
+    def window(self, grid: FrameGrid, frames: int, begin: int, end: int) -> "Window":
+        """Window of the chunks ``[begin, end)`` of a sound of so many frames, with all that they depend on.
+
+        Its frames are those of the whole sound (up to rounding). Chunks before frame ``-look_ahead`` keep none.
+        """
+        start, stop = max(0, begin * self.chunk - self.left), min(frames, end * self.chunk + self.right)
+        first, last = (max(0, index * self.chunk - self.look_ahead) for index in (begin, end))
+        samples = grid.num_samples(stop - start)
+        return Window(start * grid.hop, start * grid.hop + samples, first, first - start, min(frames, last) - first)
+
+
+@dataclass(frozen=True)
 class Window:
     """A piece of a file that is encoded on its own.
 
@@ -99,7 +150,8 @@ class WindowRule:
 
     A file of at most `max_seconds` is one window. A longer one is cut into cores of
     ``max_seconds - 2 * context_seconds`` (rounded down to whole frames), each read with
-    `context_seconds` on both sides, less where the file ends.
+    `context_seconds` on both sides, less where the file ends. For encoders of bounded context
+    `context_seconds` has no say: their windows of at most `max_seconds` follow `Context`.
     """
 
     max_seconds: float
@@ -120,14 +172,23 @@ class WindowRule:
         """Frames of context on each side of a core."""
         return int(self.context_seconds * grid.rate)
 
-    def core(self, grid: FrameGrid) -> int:
-        """Frames of a core: what each window adds to the result."""
-        core = grid.num_frames(self.max_samples(grid)) - 2 * self.context(grid)
+    def core(self, grid: FrameGrid, context: Context | None = None) -> int:
+        """Frames of a core: what each window adds to the result; whole chunks where the context is bounded.
+
+        Raises
+        ------
+        InputError
+            If nothing is left between the contexts.
+        """
+        core = grid.num_frames(self.max_samples(grid))
+        if context is None:
+            core -= 2 * self.context(grid)
+            sides = f"two contexts of {self.context_seconds} s"
+        else:
+            core = (core - context.left - context.right) // context.chunk * context.chunk
+            sides = f"the encoder's context of {context.left} and {context.right} frames"
         if core < 1:
-            raise InputError(
-                f"max_seconds={self.max_seconds} leaves no frame between two contexts of "
-                f"{self.context_seconds} s; make max_seconds longer"
-            )
+            raise InputError(f"max_seconds={self.max_seconds} leaves no frame between {sides}; make max_seconds longer")
         return core
 
     def windows(self, grid: FrameGrid, num_samples: int, *, emitted: int = 0, final: bool = True) -> Iterator[Window]:

@@ -1,37 +1,152 @@
-"""Streams: samples in as they come, `Units` out as soon as no later sample can change them."""
+"""Streams: samples in as they come, `Units` out as soon as no later sample can change them.
+
+One stream or many that are at different places: `_encode` computes what is ready in all of them together. Encoders in
+chunks go on from their state, chunk by chunk; the others encode windows that hold all that the new frames depend on.
+"""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from speechtok.audio.decode import as_mono
 from speechtok.audio.resample import Resampler
-from speechtok.errors import AudioError
-from speechtok.frames import WindowRule
+from speechtok.encoders.base import ChunkState
+from speechtok.errors import AudioError, InputError
+from speechtok.frames import Window, WindowRule
 from speechtok.tokenizer import Tokenizer
 from speechtok.units import Units
 from speechtok.windows import WindowBuffer
 
-__all__ = ["Stream", "StreamState"]
+__all__ = ["Stream", "StreamState", "Streams"]
+
+_BATCH_SECONDS = 60.0  # windows of this much padded audio are encoded together
+
+Parts = list[tuple[int, NDArray[np.int32]]]
 
 
 @dataclass
 class StreamState:
-    """Everything a stream remembers; a value that can be copied, pickled and restored."""
+    """Everything a stream remembers; a value that can be copied, pickled and restored.
+
+    Parameters
+    ----------
+    resampler : Resampler
+        From the stream's rate to the tokenizer's.
+    buffer : WindowBuffer
+        The samples that are still needed.
+    encoder : ChunkState or None
+        Of encoders in chunks, one row.
+    fingerprint : str
+        Of the tokenizer.
+    ties : int
+        Near-ties that were decided.
+    closed : bool
+        Whether the sound has ended.
+    """
 
     resampler: Resampler
     buffer: WindowBuffer
+    encoder: ChunkState | None
     fingerprint: str
+    ties: int = 0
     closed: bool = False
+
+    @staticmethod
+    def new(tokenizer: Tokenizer, sample_rate: int, window: WindowRule | None = None) -> "StreamState":
+        """State before the first sample; `window` instead of the tokenizer's rule (bidirectional encoders only)."""
+        encoder = tokenizer.encoder
+        buffer = WindowBuffer(
+            encoder.grid,
+            tokenizer.window if window is None or encoder.exact_stream else window,
+            encoder.context,
+            eager=encoder.exact_stream,
+            chunks=1 if encoder.chunked else None,
+        )
+        return StreamState(
+            Resampler(sample_rate, tokenizer.sample_rate),
+            buffer,
+            encoder.stream_state(1) if encoder.chunked else None,
+            tokenizer.fingerprint,
+        )
+
+    @property
+    def latency_seconds(self) -> float:
+        """See `Stream.latency_seconds`."""
+        grid, rule, context = self.buffer.grid, self.buffer.rule, self.buffer.context
+        if context is not None:
+            samples = grid.num_samples(context.most_ahead + 1)
+        else:
+            # The first window waits until the sound is known to be longer than `max_seconds`, later ones for context.
+            samples = max(grid.num_samples(rule.core(grid) + rule.context(grid) + 1), rule.max_samples(grid) + 1)
+        return samples / grid.sample_rate + self.resampler.latency_seconds
+
+    def copy(self, device: torch.device) -> "StreamState":
+        """A copy that shares nothing with this one, its tensors on `device`."""
+        encoder = None if self.encoder is None else self.encoder.to(device)
+        return copy.deepcopy(replace(self, encoder=encoder))
+
+    def check(self, other: "StreamState") -> None:
+        """Refuse the state of a stream of another kind.
+
+        Raises
+        ------
+        AudioError
+        """
+        ours, theirs = ((state.resampler.source_rate, state.buffer.rule, state.fingerprint) for state in (self, other))
+        if ours != theirs:
+            raise AudioError("the state belongs to a stream of another sample rate, window or tokenizer")
+
+
+def _encode(
+    tokenizer: Tokenizer, states: Sequence[StreamState], waves: Sequence[NDArray[np.float32]] | None
+) -> list[Units]:
+    """Units of all frames that are ready in every stream after its next samples, float32 [n]; None: the sounds end."""
+    firsts = [state.buffer.frames for state in states]
+    queues = []
+    for i, state in enumerate(states):
+        samples = state.resampler.flush() if waves is None else state.resampler.push(waves[i])
+        windows = state.buffer.push(samples)
+        queues.append(windows if waves is not None else state.buffer.flush())
+    parts: list[Parts] = [[] for _ in states]
+    if tokenizer.encoder.chunked:
+        _encode_chunks(tokenizer, states, queues, parts)
+    else:
+        jobs = ((i, window, wave) for i, queue in enumerate(queues) for window, wave in queue)
+        for i, window, encoded in tokenizer.encode_windows(jobs, _BATCH_SECONDS):
+            states[i].ties += encoded.ties
+            parts[i].append((window.first, encoded.ids))
+    return [tokenizer.assemble(part, first) for part, first in zip(parts, firsts, strict=True)]
+
+
+def _encode_chunks(
+    tokenizer: Tokenizer,
+    states: Sequence[StreamState],
+    queues: Sequence[Iterator[tuple[Window, NDArray[np.float32]]]],
+    parts: Sequence[Parts],
+) -> None:
+    """Rounds: each takes one chunk of every stream that has one."""
+    while ready := [(i, piece) for i, queue in enumerate(queues) if (piece := next(queue, None)) is not None]:
+        turn = [states[i] for i, _ in ready]
+        before = [state.encoder for state in turn if state.encoder is not None]
+        frames = [state.buffer.grid.num_frames(state.buffer.total) for state in turn]
+        encoded, after = tokenizer.encode_chunks([piece for _, piece in ready], frames, before[0].join(before))
+        for (i, (window, _)), state, result, row in zip(ready, turn, encoded, after.rows(), strict=True):
+            state.encoder, state.ties = row, state.ties + result.ties
+            parts[i].append((window.first, result.ids))
 
 
 class Stream:
     """An open stream of units.
 
     Encoders of bounded context (``encoder.exact_stream``) give each unit as soon as its context has
-    arrived, and the units of the offline pass. Bidirectional encoders follow the rule for long files: a sound
-    of at most ``window.max_seconds`` is encoded when it ends, a longer one window by window.
+    arrived, and the units of the offline pass, whatever the chunks. Bidirectional encoders follow the rule for long
+    files: a sound of at most ``window.max_seconds`` is encoded when it ends, a longer one window by window.
     With the tokenizer's own rule the result is that of `Tokenizer.encode`; a shorter rule answers sooner and
     agrees only in part (``speechtok verify`` measures how much).
 
@@ -42,6 +157,11 @@ class Stream:
         Of the samples that will be pushed (Hz).
     window : WindowRule, optional
         Instead of the tokenizer's, for bidirectional encoders.
+
+    Raises
+    ------
+    AudioError
+        If the sample rate is unusable.
 
     Examples
     --------
@@ -56,22 +176,20 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer, sample_rate: int, *, window: WindowRule | None = None):
         self.tokenizer = tokenizer
         self.sample_rate = sample_rate
-        encoder = tokenizer.encoder
-        self._state = StreamState(
-            Resampler(sample_rate, tokenizer.sample_rate),
-            WindowBuffer(encoder.grid, window or tokenizer.window, encoder.context),
-            tokenizer.fingerprint,
-        )
+        self._state = StreamState.new(tokenizer, sample_rate, window)
 
     @property
     def latency_seconds(self) -> float:
-        """Longest time from a sound to its units, without computing (a sound's end always releases them)."""
-        grid, buffer = self.tokenizer.encoder.grid, self._state.buffer
-        if buffer.context is not None:
-            return grid.num_samples(buffer.context + 1) / grid.sample_rate
-        # The first window waits until the sound is known to be longer than `max_seconds`, later ones for their context.
-        later = grid.num_samples(buffer.rule.core(grid) + buffer.rule.context(grid) + 1)
-        return max(later, buffer.rule.max_samples(grid) + 1) / grid.sample_rate
+        """Longest time from the start of a sound to its units, without computing (a sound's end always releases them).
+
+        For encoders of bounded context: the samples that the slowest frame reads, and the reach of the resampler.
+        """
+        return self._state.latency_seconds
+
+    @property
+    def ties(self) -> int:
+        """Near-ties that were decided so far."""
+        return self._state.ties
 
     def push(self, samples: Any) -> Units:
         """Take samples, float [n] or [n, C] in [-1, 1] or int16, and give the units that are ready (maybe none).
@@ -83,37 +201,35 @@ class Stream:
         """
         if self._state.closed:
             raise AudioError("the stream was flushed; open a new one")
-        return self._encode(self._state.resampler.push(as_mono(samples, "the pushed chunk")), final=False)
+        return _encode(self.tokenizer, [self._state], [as_mono(samples, "the pushed chunk")])[0]
 
     def flush(self) -> Units:
-        """End the sound and give the remaining units."""
+        """End the sound and give the remaining units.
+
+        Raises
+        ------
+        AudioError
+            If the stream was flushed before.
+        """
         if self._state.closed:
             raise AudioError("the stream was flushed before; open a new one")
         self._state.closed = True
-        return self._encode(self._state.resampler.flush(), final=True)
-
-    def _encode(self, samples: Any, *, final: bool) -> Units:
-        buffer = self._state.buffer
-        first = buffer.frames
-        windows = list(buffer.push(samples))
-        if final:
-            windows += list(buffer.flush())
-        parts = []
-        for window, wave in windows:
-            encoded = self.tokenizer.encode_batch_of_windows([(window, wave)])[0]
-            parts.append((window.first, encoded.ids))
-        return self.tokenizer.assemble(parts, first)
+        return _encode(self.tokenizer, [self._state], None)[0]
 
     def state(self) -> StreamState:
-        """A copy of the state, to go on later with `restore`."""
-        return copy.deepcopy(self._state)
+        """A copy of the state, to go on later with `restore`, also in another process."""
+        return self._state.copy(torch.device("cpu"))
 
     def restore(self, state: StreamState) -> None:
-        """Go on from a state of a stream with the same tokenizer and sample rate."""
-        theirs = (state.resampler.source_rate, state.buffer.rule, state.fingerprint)
-        if theirs != (self.sample_rate, self._state.buffer.rule, self.tokenizer.fingerprint):
-            raise AudioError("the state belongs to a stream of another sample rate, window or tokenizer")
-        self._state = copy.deepcopy(state)
+        """Go on from a state of a stream with the same tokenizer and sample rate.
+
+        Raises
+        ------
+        AudioError
+            If the state belongs to another kind of stream.
+        """
+        self._state.check(state)
+        self._state = state.copy(self.tokenizer.device)
 
     def __enter__(self) -> "Stream":
         return self
@@ -122,3 +238,133 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state.closed = True
+
+
+class Streams:
+    """Many open streams that are encoded together; each gives the units that it would give alone.
+
+    Streams are opened and closed at any time, may have different sample rates and be at different places. Any hashable
+    value is a name.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    window : WindowRule, optional
+        Instead of the tokenizer's, for bidirectional encoders.
+
+    Attributes
+    ----------
+    ties : int
+        Near-ties that were decided so far, in all streams.
+
+    Examples
+    --------
+    ::
+
+        streams = tokenizer.streams()
+        streams.open("anna", sample_rate=48_000)
+        streams.open("ben", sample_rate=8_000)
+        units = streams.push({"anna": chunk, "ben": other})
+        rest = streams.flush(["ben"])
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, window: WindowRule | None = None):
+        self.tokenizer, self.window, self.ties = tokenizer, window, 0
+        self._states: dict[Any, StreamState] = {}
+
+    @property
+    def names(self) -> list[Any]:
+        """Names of the open streams, in the order of their opening."""
+        return list(self._states)
+
+    def open(self, name: Hashable, sample_rate: int | None = None) -> None:
+        """Open a stream for samples at `sample_rate` (Hz; the tokenizer's where it is None).
+
+        Raises
+        ------
+        InputError
+            If a stream of that name is open.
+        AudioError
+            If the sample rate is unusable.
+        """
+        if name in self._states:
+            raise InputError(f"stream {name!r} is open already; close it or choose another name")
+        rate = self.tokenizer.sample_rate if sample_rate is None else sample_rate
+        self._states[name] = StreamState.new(self.tokenizer, rate, self.window)
+
+    def close(self, name: Hashable) -> None:
+        """Forget a stream without its remaining units; InputError if it is not open."""
+        self._open([name])
+        del self._states[name]
+
+    def latency_seconds(self, name: Hashable) -> float:
+        """See `Stream.latency_seconds`; InputError if the stream is not open."""
+        return self._open([name])[0].latency_seconds
+
+    def push(self, samples: Mapping[Any, Any]) -> dict[Any, Units]:
+        """Take samples of some streams and give the units of each that are ready.
+
+        Parameters
+        ----------
+        samples : mapping of name to float [n] or [n, C] in [-1, 1] or int16
+            Streams that are not named wait.
+
+        Returns
+        -------
+        dict of name to Units
+            Of the named streams.
+
+        Raises
+        ------
+        InputError
+            If a stream is not open; all streams are unchanged then.
+        AudioError
+            If samples are unusable; all streams are unchanged then.
+        """
+        states = self._open(samples)
+        waves = [as_mono(wave, f"the chunk pushed to stream {name!r}") for name, wave in samples.items()]
+        return dict(zip(samples, self._encode(states, waves), strict=True))
+
+    def flush(self, names: Iterable[Any] | None = None) -> dict[Any, Units]:
+        """End some sounds (all where it is None), give their remaining units and close their streams.
+
+        Raises
+        ------
+        InputError
+            If a stream is not open; all streams are unchanged then.
+        """
+        chosen = list(dict.fromkeys(self._states if names is None else names))
+        states = self._open(chosen)
+        for name in chosen:
+            del self._states[name]
+        return dict(zip(chosen, self._encode(states, None), strict=True))
+
+    def state(self, name: Hashable) -> StreamState:
+        """A copy of a stream's state, for `restore` here or for `Stream.restore`; InputError if it is not open."""
+        return self._open([name])[0].copy(torch.device("cpu"))
+
+    def restore(self, name: Hashable, state: StreamState) -> None:
+        """Open a stream, or set an open one back, from a state of a stream with the same tokenizer.
+
+        Raises
+        ------
+        AudioError
+            If the state belongs to another kind of stream.
+        """
+        StreamState.new(self.tokenizer, state.resampler.source_rate, self.window).check(state)
+        if state.closed:
+            raise AudioError("the state belongs to a stream that was flushed; there is nothing to go on with")
+        self._states[name] = state.copy(self.tokenizer.device)
+
+    def _open(self, names: Iterable[Any]) -> list[StreamState]:
+        names = list(names)
+        missing = [name for name in names if name not in self._states]
+        if missing:
+            raise InputError(f"stream {missing[0]!r} is not open; open it before")
+        return [self._states[name] for name in names]
+
+    def _encode(self, states: list[StreamState], waves: list[NDArray[np.float32]] | None) -> list[Units]:
+        before = sum(state.ties for state in states)
+        units = _encode(self.tokenizer, states, waves)
+        self.ties += sum(state.ties for state in states) - before
+        return units

@@ -2,8 +2,8 @@
 
 Batching never changes a file's units: rows of a batch are masked, and a frame whose two nearest
 centroids are closer than the rounding error (a near-tie) is decided again on one canonical path, which
-is the frame's own window alone on one thread (for encoders of bounded context: the frame and its
-context alone).
+is the frame's own window alone on one thread (for encoders of bounded context: just what the frame
+depends on, alone).
 """
 
 import hashlib
@@ -22,27 +22,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speechtok import bundle
 from speechtok.audio.decode import AudioFile, as_mono, resampled
-from speechtok.encoders.base import Encoder
-from speechtok.errors import AudioError, CheckpointError, FingerprintError, FormatError, InputError, OutputError
+from speechtok.encoders.base import ChunkState, Encoder
+from speechtok.errors import AudioError, CheckpointError, FingerprintError, FormatError, InputError
 from speechtok.frames import Window, WindowRule
 from speechtok.quantizers.base import Quantizer
 from speechtok.units import Units
 from speechtok.windows import cut
 
 if TYPE_CHECKING:
-    from speechtok.streaming import Stream
+    from speechtok.streaming import Stream, Streams
 
 __all__ = ["DEFAULT_WINDOW", "EncodedWindow", "Tokenizer"]
 
-FORMAT = 1
 DEFAULT_WINDOW = WindowRule(max_seconds=30.0, context_seconds=3.0)
 # Windows are pooled and sorted by length before they are cut into batches, so that little is padded.
 _POOL_BATCHES = 4
-
-_DESCRIPTION_FIELDS = (
-    "name", "fingerprint", "encoder", "encoder_config", "layer", "quantizer", "vocab_size", "sample_rate", "window",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ class Tokenizer:
                 f"{name}: the encoder's frames have {encoder.dim} dimensions, the quantizer expects {quantizer.dim}; "
                 "encoder, layer or centroids are not those that belong together"
             )
-        window.core(encoder.grid)
+        window.core(encoder.grid, encoder.context)  # refuses a rule that does not fit
         self.encoder, self.quantizer = encoder.eval(), quantizer.eval()
         self.name, self.window, self.licence, self.training = name, window, licence, training or {}
         self.device = torch.device("cpu")
@@ -198,16 +194,16 @@ class Tokenizer:
 
     def windows(self, source: Any, sample_rate: int | None = None) -> Iterator[tuple[Window, NDArray[np.float32]]]:
         """Decode, resample and cut one source (see `encode`) into windows with their samples, float32 [n]."""
+        grid, context = self.encoder.grid, self.encoder.context
         if isinstance(source, str | os.PathLike) or hasattr(source, "read"):
             with AudioFile(source) as file:
-                yield from cut(
-                    resampled(file.blocks(), file.sample_rate, self.sample_rate), self.encoder.grid, self.window
-                )
+                blocks = resampled(file.blocks(), file.sample_rate, self.sample_rate)
+                yield from cut(blocks, grid, self.window, context)
         else:
             if sample_rate is None:
                 raise AudioError("an array needs its sample_rate; pass sample_rate=...")
             blocks = resampled(iter([as_mono(source)]), sample_rate, self.sample_rate)
-            yield from cut(blocks, self.encoder.grid, self.window)
+            yield from cut(blocks, grid, self.window, context)
 
     def encode_windows(
         self, jobs: Iterable[tuple[Any, Window, NDArray[np.float32]]], batch_seconds: float
@@ -247,47 +243,94 @@ class Tokenizer:
     @torch.inference_mode()
     def encode_batch_of_windows(self, batch: Sequence[tuple[Window, NDArray[np.float32]]]) -> list[EncodedWindow]:
         """Encode windows as one padded batch and decide near-ties on the canonical path."""
-        ids, ties = self._encode_waves([wave for _, wave in batch])
         # This very pass is the canonical one where the window is alone and nothing can split its sums differently.
         canonical = len(batch) == 1 and self.encoder.context is None and torch.get_num_threads() == 1
         results = []
-        for (window, wave), row, tied in zip(batch, ids, ties, strict=True):
+        for (window, wave), (ids, tied) in zip(batch, self._encode_waves([wave for _, wave in batch]), strict=True):
             kept = slice(window.skip, window.skip + window.count)
-            where = np.flatnonzero(tied[kept]) + window.skip
-            if len(where) and not canonical:
-                row = row.copy()
-                self._decide(wave, row, where)
-            results.append(EncodedWindow(row[:, kept], len(where)))
+            ids, ties = ids[:, kept], np.flatnonzero(tied[kept])
+            results.append(EncodedWindow(ids if canonical else self._decided(window, wave, ids, ties), len(ties)))
         return results
 
-    def _encode_waves(
-        self, waves: Sequence[NDArray[np.float32]]
-    ) -> tuple[list[NDArray[np.int32]], list[NDArray[np.bool_]]]:
-        """Pad, encode, quantize: ids int32 [K, T] and near-ties bool [T] of each wave."""
-        lengths = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
-        padded = torch.zeros(len(waves), int(lengths.max()))
+    @torch.inference_mode()
+    def encode_chunks(
+        self, batch: Sequence[tuple[Window, NDArray[np.float32]]], frames: Sequence[int], state: ChunkState
+    ) -> tuple[list[EncodedWindow], ChunkState]:
+        """Encode the next chunk of every stream in one batch and decide near-ties on the canonical path.
+
+        Parameters
+        ----------
+        batch : sequence of (window, samples float32 [n])
+            Of each stream, the window of its next chunk, see `Context.window`.
+        frames : sequence of int
+            Frames of each stream's sound, as far as it is known.
+        state : ChunkState
+            Of the encoder before these chunks, one row per stream.
+
+        Returns
+        -------
+        list of EncodedWindow
+        ChunkState
+            After these chunks.
+        """
+        encoder, context = self.encoder, self.encoder.context
+        if context is None:
+            raise InputError(f"{self.name}: its encoder depends on the whole sound and has no chunks")
+        seen, hop = state.seen.tolist(), encoder.hop
+        width = encoder.grid.num_samples(context.chunk)
+        pieces = [wave[at * hop - w.start :][:width] for (w, wave), at in zip(batch, seen, strict=True)]
+        positions = [min(context.chunk, n + context.look_ahead - at) for n, at in zip(frames, seen, strict=True)]
+        features, state = encoder.advance(
+            *self._padded(pieces, width), torch.tensor(positions, device=self.device), state
+        )
+        skips = [w.first + context.look_ahead - at for (w, _), at in zip(batch, seen, strict=True)]
+        kept = [slice(skip, skip + w.count) for skip, (w, _) in zip(skips, batch, strict=True)]
+        results = []
+        for (window, wave), (ids, tied) in zip(batch, self._quantized(features, kept), strict=True):
+            ties = np.flatnonzero(tied)
+            results.append(EncodedWindow(self._decided(window, wave, ids, ties), len(ties)))
+        return results, state
+
+    def _padded(self, waves: Sequence[NDArray[np.float32]], width: int) -> tuple[Tensor, Tensor]:
+        """Waves as one float32 [B, width] with zeros behind them, and their lengths, int64 [B]."""
+        padded = torch.zeros(len(waves), width)
         for row, wave in zip(padded, waves, strict=True):
             row[: len(wave)] = torch.from_numpy(wave)
-        frames = self.encoder(padded.to(self.device), lengths.to(self.device))
-        codes = self.quantizer(frames.features)
+        lengths = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
+        return padded.to(self.device), lengths.to(self.device)
+
+    def _encode_waves(self, waves: Sequence[NDArray[np.float32]]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """Pad, encode, quantize: ids int32 [K, T] and near-ties bool [T] of each wave."""
+        frames = self.encoder(*self._padded(waves, max(len(wave) for wave in waves)))
+        return self._quantized(frames.features, [slice(0, count) for count in frames.lengths.tolist()])
+
+    def _quantized(self, features: Tensor, kept: Sequence[slice]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """Quantize float [B, T, D] frames: ids int32 [K, t] and near-ties bool [t] of the kept ones of each row."""
+        codes = self.quantizer(features)
         ids, margins = codes.ids.cpu().numpy(), codes.margins.cpu().numpy()
-        counts = frames.lengths.tolist()
-        if any(np.isnan(margins[i, :n]).any() for i, n in enumerate(counts)):
+        if any(np.isnan(row[frames]).any() for row, frames in zip(margins, kept, strict=True)):
             raise CheckpointError(f"{self.name}: the encoder gave NaN frames for finite sound; its weights are damaged")
         tied = margins < self.encoder.rounding
-        return [ids[i, :, :n] for i, n in enumerate(counts)], [tied[i, :n] for i, n in enumerate(counts)]
+        return [(ids[i, :, frames], tied[i, frames]) for i, frames in enumerate(kept)]
 
-    def _decide(self, wave: NDArray[np.float32], ids: NDArray[np.int32], where: NDArray[np.intp]) -> None:
-        """Overwrite near-tied frames `where` of int32 [K, T] ids by their canonical decision."""
+    def _decided(
+        self, window: Window, wave: NDArray[np.float32], ids: NDArray[np.int32], ties: NDArray[np.intp]
+    ) -> NDArray[np.int32]:
+        """Ids int32 [K, T] of a window's kept frames, the near-tied ones of them by their canonical decision."""
         grid, context = self.encoder.grid, self.encoder.context
+        total = grid.num_frames(len(wave))
+        spans: dict[tuple[int, int], list[int]] = {}  # the frames of a chunk depend on the same samples
+        for tie in ties.tolist():
+            frame = window.skip + tie
+            begin, end = (0, total) if context is None else context.needs(frame, frame + 1)
+            spans.setdefault((begin, min(end, total)), []).append(tie)
+        ids = ids.copy()
         with _one_thread():
-            if context is None:
-                ids[:, where] = self._encode_waves([wave])[0][0][:, where]
-                return
-            for frame in where.tolist():
-                begin, end = max(0, frame - context), min(ids.shape[1], frame + context + 1)
-                piece = wave[begin * grid.hop : begin * grid.hop + grid.num_samples(end - begin)]
-                ids[:, frame] = self._encode_waves([piece])[0][0][:, frame - begin]
+            for (begin, end), chosen in spans.items():
+                piece = wave if context is None else wave[begin * grid.hop :][: grid.num_samples(end - begin)]
+                again, _ = self._encode_waves([piece])[0]
+                ids[:, chosen] = again[:, window.skip - begin + np.array(chosen)]
+        return ids
 
     def assemble(self, parts: Iterable[tuple[int, NDArray[np.int32]]], first: int = 0) -> Units:
         """Join windows, given as (first frame, ids int32 [K, T]) in any order, to `Units` from frame `first` on."""
@@ -304,12 +347,18 @@ class Tokenizer:
 
         return Stream(self, self.sample_rate if sample_rate is None else sample_rate, window=window)
 
+    def streams(self, *, window: WindowRule | None = None) -> "Streams":
+        """Many streams that are encoded together; see `speechtok.streaming.Streams`."""
+        from speechtok.streaming import Streams
+
+        return Streams(self, window=window)
+
     # -- save and load --------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
         """What decides the units, besides the weights."""
         return {
-            "format": FORMAT,
+            "format": bundle.FORMAT,
             "encoder": self.encoder.type,
             "encoder_config": self.encoder.config_dict(),
             "layer": self.encoder.layer,
@@ -349,28 +398,15 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the bundle: ``tokenizer.json``, ``encoder.safetensors`` (if it has weights), ``quantizer.safetensors``.
 
+        Float32 weights take half the space where all values of a tensor are whole bfloat16 numbers.
+
         Raises
         ------
         OutputError
             If the folder holds another tokenizer or cannot be written.
         """
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        description = folder / "tokenizer.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if description.exists() and json.loads(description.read_text()).get("fingerprint") != self.fingerprint:
-                raise OutputError(f"{folder} holds another tokenizer; choose another folder or delete it")
-            for part, module in (("encoder", self.encoder), ("quantizer", self.quantizer)):
-                tensors = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
-                if tensors:
-                    save_file(tensors, folder / f"{part}.safetensors")
-                    (folder / f"{part}.safetensors").chmod(0o644)  # the library writes files that only the owner reads
-            description.write_text(json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise OutputError(f"{folder}: the tokenizer cannot be written ({error})") from error
-        return folder
+        bundle.write(Path(folder), self.describe(), {"encoder": self.encoder, "quantizer": self.quantizer})
+        return Path(folder)
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> "Tokenizer":
@@ -386,20 +422,21 @@ class Tokenizer:
         from speechtok.encoders.pretrained import build
 
         folder = Path(folder)
-        description = read_description(folder)
+        description = bundle.read_description(folder)
         try:
             encoder = build(description["encoder"], description["encoder_config"], description["layer"])
             window = WindowRule(**description["window"])
         except (TypeError, KeyError, AttributeError) as error:
             raise FormatError(f"{folder / 'tokenizer.json'}: malformed configuration ({error})") from error
-        weights = _read_tensors(folder / "encoder.safetensors") if encoder.state_dict() else {}
+        weights = bundle.read_tensors(folder / "encoder.safetensors") if encoder.state_dict() else {}
         try:
             encoder.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             raise FormatError(f"{folder / 'encoder.safetensors'} does not fit its configuration: {error}") from error
+        tensors = bundle.read_tensors(folder / "quantizer.safetensors")
         tokenizer = Tokenizer(
             encoder,
-            _build_quantizer(description["quantizer"], _read_tensors(folder / "quantizer.safetensors"), folder),
+            bundle.build_quantizer(description["quantizer"], tensors, folder),
             name=description["name"],
             window=window,
             licence=description.get("licence", "unknown"),
@@ -411,43 +448,3 @@ class Tokenizer:
                 f"{tokenizer.fingerprint}; the bundle is damaged or was edited, fetch or make it again"
             )
         return tokenizer
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """Contents of a folder's ``tokenizer.json``, checked for the fields that everything relies on."""
-    path = folder / "tokenizer.json"
-    try:
-        description = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FormatError(f"{folder} is no tokenizer or output folder: it has no tokenizer.json") from error
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read ({error})") from error
-    missing = [name for name in _DESCRIPTION_FIELDS if not isinstance(description, dict) or name not in description]
-    if missing:
-        raise FormatError(f"{path} lacks the fields {', '.join(missing)}")
-    wrong = [name for name in ("name", "fingerprint", "encoder", "quantizer") if not isinstance(description[name], str)]
-    if wrong or not isinstance(description["encoder_config"], dict):
-        raise FormatError(f"{path}: {', '.join(wrong) or 'encoder_config'} is not of the right type")
-    if description.get("format", FORMAT) != FORMAT:
-        raise FormatError(f"{path} has format {description['format']}; this version reads format {FORMAT}")
-    return description
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read ({error})") from error
-
-
-def _build_quantizer(kind: str, tensors: dict[str, Tensor], folder: Path) -> Quantizer:
-    from speechtok.quantizers.kmeans import KMeans
-
-    match kind:
-        case "kmeans":
-            return KMeans.from_tensors(tensors)
-        case _:
-            raise FormatError(f"{folder / 'tokenizer.json'}: unknown quantizer {kind!r}; this version knows 'kmeans'")

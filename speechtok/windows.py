@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from speechtok.frames import FrameGrid, Window, WindowRule
+from speechtok.frames import Context, FrameGrid, Window, WindowRule
 
 __all__ = ["WindowBuffer", "cut"]
 
 
 def cut(
-    blocks: Iterable[NDArray[np.float32]], grid: FrameGrid, rule: WindowRule
+    blocks: Iterable[NDArray[np.float32]], grid: FrameGrid, rule: WindowRule, context: Context | None = None
 ) -> Iterator[tuple[Window, NDArray[np.float32]]]:
     """Cut a whole wave, given as float32 [n] blocks at the grid's rate, into windows with their samples."""
-    buffer = WindowBuffer(grid, rule)
+    buffer = WindowBuffer(grid, rule, context)
     for block in blocks:
         yield from buffer.push(block)
     yield from buffer.flush()
@@ -29,19 +29,26 @@ class WindowBuffer:
     ----------
     grid : FrameGrid
     rule : WindowRule
-        The fixed grid of windows (see `WindowRule`).
-    context : int, optional
-        If given, `rule` is not used: every frame is handed out as soon as `context` frames follow it.
-        Right for encoders whose frames depend on no more than that.
+        The longest window, and how longer sounds are cut.
+    context : Context, optional
+        Of encoders whose context is bounded: windows hold all that their frames depend on.
+        None: windows lie on the fixed grid of `rule`.
+    eager : bool
+        With `context` only: give frames as soon as their context is there, without waiting for full windows.
+    chunks : int, optional
+        With `context` only: chunks of a window, instead of as many as `rule` allows.
 
     Notes
     -----
-    The fields ``samples``, ``start``, ``emitted`` and ``frames`` are the whole state.
+    The fields ``samples``, ``start``, ``emitted`` (windows, or with `context` chunks) and ``frames`` are the whole
+    state.
     """
 
     grid: FrameGrid
     rule: WindowRule
-    context: int | None = None
+    context: Context | None = None
+    eager: bool = False
+    chunks: int | None = None
     samples: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     start: int = 0
     emitted: int = 0
@@ -62,27 +69,33 @@ class WindowBuffer:
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> Iterator[tuple[Window, NDArray[np.float32]]]:
-        if self.context is None:
-            windows = list(self.rule.windows(self.grid, self.total, emitted=self.emitted, final=final))
-            context = self.rule.context(self.grid)
+        context = self.context
+        if context is None:
+            for window in self.rule.windows(self.grid, self.total, emitted=self.emitted, final=final):
+                yield self._piece(window)
+                self.emitted += 1
+            keep = self.frames - self.rule.context(self.grid) if self.frames else 0
+        elif not self.eager and self.total <= self.rule.max_samples(self.grid):
+            if final and self.emitted == 0:
+                yield self._piece(Window(0, None, 0, 0, self.grid.num_frames(self.total)))
+            return
         else:
-            windows = list(self._ready(self.context, final))
-            context = self.context
-        for window in windows:
-            stop = self.total if window.stop is None else window.stop
-            yield window, self.samples[window.start - self.start : stop - self.start].copy()
-            self.emitted += 1
-            self.frames = window.first + window.count
-        if self.frames:
-            keep = max(0, self.frames - context) * self.grid.hop
-            if keep > self.start:
-                self.samples = self.samples[keep - self.start :].copy()
-                self.start = keep
+            most = self.chunks or self.rule.core(self.grid, context) // context.chunk
+            frames = self.grid.num_frames(self.total)
+            ready = context.ready(frames, final=final)
+            while self.emitted < ready:
+                end = min(ready, self.emitted + most)
+                if end < self.emitted + most and not (final or self.eager):
+                    break
+                yield self._piece(context.window(self.grid, frames, self.emitted, end))
+                self.emitted = end
+            keep = self.emitted * context.chunk - context.left
+        keep = max(0, keep) * self.grid.hop
+        if keep > self.start:
+            self.samples = self.samples[keep - self.start :].copy()
+            self.start = keep
 
-    def _ready(self, context: int, final: bool) -> Iterator[Window]:
-        total = self.grid.num_frames(self.total)
-        last = total if final else total - context
-        if last > self.frames:
-            begin = max(0, self.frames - context)
-            stop = begin * self.grid.hop + self.grid.num_samples(total - begin)
-            yield Window(begin * self.grid.hop, stop, self.frames, self.frames - begin, last - self.frames)
+    def _piece(self, window: Window) -> tuple[Window, NDArray[np.float32]]:
+        self.frames = window.first + window.count
+        stop = self.total if window.stop is None else window.stop
+        return window, self.samples[window.start - self.start : stop - self.start].copy()

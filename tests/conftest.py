@@ -100,6 +100,49 @@ def bidirectional(clip_wave):
     return tiny_tokenizer("hubert", clip_wave)
 
 
+CHUNKED = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "conv_depthwise_kernel_size": 15,
+    "normalization": "stored",
+    "attention_chunk": 8,
+    "attention_past": 16,
+    "look_ahead": 3,
+}
+
+
+def chunked_tokenizer(wave: np.ndarray, seconds: float = 5.0, kind=None, **changes):
+    """A tokenizer that streams exactly: a random encoder in chunks and 200 of its frames as centroids."""
+    import torch
+
+    from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+    from speechtok.frames import WindowRule
+    from speechtok.quantizers.kmeans import KMeans
+    from speechtok.tokenizer import Tokenizer
+
+    torch.manual_seed(0)
+    encoder = (kind or W2vBertEncoder)(W2vBertConfig(**(CHUNKED | changes))).eval()
+    with torch.inference_mode():
+        for parameter in encoder.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.uniform_(0.2, 1.0)
+        mel = encoder.filter_bank(torch.from_numpy(wave)[None], torch.tensor([len(wave)]))[0][0]
+        encoder.feature_mean.copy_(mel.mean(0))
+        encoder.feature_scale.copy_(1 / mel.std(0))
+        frames = encoder(torch.from_numpy(wave)[None]).features[0].numpy()
+    chosen = np.random.default_rng(0).permutation(len(frames))[:200]
+    return Tokenizer(encoder, KMeans(frames[chosen]), name="tiny-chunked", window=WindowRule(seconds, 0.3))
+
+
+@pytest.fixture(scope="session")
+def chunked(clip_wave):
+    return chunked_tokenizer(clip_wave)
+
+
 @pytest.fixture(scope="session")
 def speech_files(shared) -> list[Path]:
     """200 real files of mixed length and corpus, the same in every run."""

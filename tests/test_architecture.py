@@ -17,6 +17,7 @@ FLOORS = [
     {"nn", "audio"},
     {"metrics"},
     {"encoders", "segmenters", "quantizers", "codecs", "vocoders", "lm"},
+    {"bundle"},
     {"tokenizer"},
     {"streaming"},
     {"enhancement", "hub"},

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from speechtok.encoders.mfcc import MfccEncoder
 from speechtok.errors import InputError
-from speechtok.frames import FrameGrid, WindowRule
+from speechtok.frames import Context, FrameGrid, WindowRule
 from speechtok.windows import WindowBuffer, cut
 
 from .conftest import tiny_encoder
@@ -92,25 +92,56 @@ def test_windows_tile_the_frames_whatever_the_chunks(total, cuts, seconds):
             assert piece[window.skip * GRID.hop] == window.first * GRID.hop
 
 
+CONTEXTS = [Context(0, 0), Context(4, 4), Context(16, 0, 8, 3), Context(24, 0, 4, 9), Context(8, 0, 8, 8)]
+
+
+@pytest.mark.parametrize("context", CONTEXTS, ids=str)
+@pytest.mark.parametrize("eager", [False, True], ids=["files", "streams"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 @given(
-    total=st.integers(0, 20_000),
+    total=st.integers(0, 60_000),
     sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=20),
-    context=st.integers(0, 5),
+    one_chunk=st.booleans(),
 )
-def test_context_windows_tile_the_frames(total, sizes, context):
+def test_context_windows_hold_all_that_their_frames_need(context, eager, total, sizes, one_chunk):
     wave = np.arange(total, dtype=np.float32)
-    buffer, got, position = WindowBuffer(GRID, WindowRule(1, 0), context), [], 0
+    rule = WindowRule(1, 0)
+    buffer = WindowBuffer(GRID, rule, context, eager=eager, chunks=1 if eager and one_chunk else None)
+    got, position, turn, frames = [], 0, 0, GRID.num_frames(total)
     while position < total:
-        size = sizes[len(got) % len(sizes)]
+        size = sizes[turn % len(sizes)]
         got += list(buffer.push(wave[position : position + size]))
-        position += size
+        position, turn = position + size, turn + 1
+        if eager:  # nothing waits that no later sample can change
+            known = GRID.num_frames(min(position, total))
+            due = (known - context.right) // context.chunk * context.chunk - context.look_ahead
+            assert sum(window.count for window, _ in got) == max(0, due)
+            assert len(buffer.samples) <= GRID.num_samples(context.left + context.chunk + context.right) + GRID.hop
     got += list(buffer.flush())
     kept = [first for window, _ in got for first in range(window.first, window.first + window.count)]
-    assert kept == list(range(GRID.num_frames(total)))
+    assert kept == list(range(frames))
     for window, piece in got:
-        assert piece[window.skip * GRID.hop] == window.first * GRID.hop
-        assert window.skip == min(context, window.first)
-    assert len(buffer.samples) < 4000 + context * GRID.hop + 400
+        assert len(piece) <= max(rule.max_samples(GRID), GRID.receptive_field)
+        begin = window.start // GRID.hop
+        assert begin % context.chunk == 0
+        if window.count:
+            needs = context.needs(window.first, window.first + window.count)
+            assert begin <= needs[0]
+            assert window.start + len(piece) >= GRID.num_samples(min(frames, needs[1]))
+            assert piece[window.skip * GRID.hop] == window.first * GRID.hop
+    if not eager and total <= rule.max_samples(GRID):
+        assert len(got) == 1, "a short file is one window"
+
+
+def test_what_a_frame_needs_by_hand():
+    context = Context(16, 0, 8, 3)
+    # Frame 12 is answered at position 15, the last of the chunk of 8 ... 15; frame 13 one chunk later.
+    assert context.needs(12, 13) == (0, 16)
+    assert context.needs(13, 14) == (0, 24)
+    assert context.needs(29, 30) == (16, 40)
+    assert context.most_ahead == 3 + 7
+    assert Context(4, 4).needs(10, 12) == (6, 16)
+    assert Context(4, 4).most_ahead == 4
 
 
 def test_impossible_rules_are_refused():
@@ -118,3 +149,5 @@ def test_impossible_rules_are_refused():
         WindowRule(1.0, 0.5)
     with pytest.raises(InputError, match="no frame between"):
         WindowRule(0.02, 0.0).core(GRID)
+    with pytest.raises(InputError, match="context of 96 and 0 frames"):
+        WindowRule(2.0, 0.0).core(GRID, Context(96, 0, 8, 3))

@@ -5,6 +5,7 @@ import torch
 
 from speechtok.encoders.mfcc import MfccConfig, MfccEncoder
 from speechtok.errors import AudioError, InputError
+from speechtok.frames import Context
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def noise(samples: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_facts(encoder: MfccEncoder) -> None:
-    assert (encoder.type, encoder.dim, encoder.layer, encoder.context) == ("mfcc", 39, None, 4)
+    assert (encoder.type, encoder.dim, encoder.layer, encoder.context) == ("mfcc", 39, None, Context(4, 4))
     assert (encoder.sample_rate, encoder.hop, encoder.receptive_field, encoder.look_ahead) == (16000, 160, 400, 640)
     assert encoder.exact_stream
     assert encoder.config_dict() == {"sample_rate": 16000}
@@ -49,8 +50,8 @@ def test_a_row_is_the_same_alone_and_in_a_batch(encoder: MfccEncoder) -> None:
 @pytest.mark.parametrize("frame", [0, 3, 20, 57])
 def test_a_frame_depends_on_nothing_beyond_its_context(encoder: MfccEncoder, frame: int) -> None:
     wave = noise(encoder.grid.num_samples(58))
-    first = max(0, frame - encoder.context) * encoder.hop
-    last = min(57, frame + encoder.context) * encoder.hop + encoder.receptive_field
+    first = max(0, frame - encoder.context.left) * encoder.hop
+    last = min(57, frame + encoder.context.right) * encoder.hop + encoder.receptive_field
     other = noise(wave.shape[1], seed=1)
     other[:, first:last] = wave[:, first:last]
     changed = (encoder(other).features - encoder(wave).features)[0].abs().amax(-1)
@@ -66,7 +67,7 @@ def test_windows_with_context_give_the_frames_of_the_whole(encoder: MfccEncoder)
     whole = encoder(wave).features[0]
     pieces = []
     for first in range(0, total, core):
-        begin, end = max(0, first - encoder.context), min(total, first + core + encoder.context)
+        begin, end = max(0, first - encoder.context.left), min(total, first + core + encoder.context.right)
         window = wave[:, begin * encoder.hop : (end - 1) * encoder.hop + encoder.receptive_field]
         pieces.append(encoder(window).features[0, first - begin : first - begin + core])
     assert torch.allclose(torch.cat(pieces), whole, rtol=0, atol=1e-5)

@@ -10,6 +10,7 @@ import math
 import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -102,6 +103,19 @@ class Resampler:
         self._half = 0 if self._filters is None else self._filters.shape[1] // 2
         # Silence before the start; the history always begins at input index `consumed - len(history)`.
         self.history = np.zeros(max(0, self._half - 1), np.float32)
+
+    @property
+    def latency_seconds(self) -> float:
+        """Time by which the samples given so far may lag behind those taken."""
+        return self._half / self.source_rate
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_filters"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The filters follow from the rates: a saved state need not carry them, and copies share them.
+        self.__init__(state["source_rate"], state["target_rate"])  # type: ignore[misc]
+        self.__dict__.update(state)
 
     def push(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Take float32 [n] samples, give those output samples that no later input can change."""

@@ -4,9 +4,9 @@ import json
 import os
 from pathlib import Path
 
+from speechtok.bundle import read_description
 from speechtok.corpus import formats
 from speechtok.errors import InputError, OutputError
-from speechtok.tokenizer import read_description
 
 __all__ = ["convert"]
 

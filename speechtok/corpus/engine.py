@@ -36,14 +36,18 @@ class Event:
 
     Parameters
     ----------
-    stage : {"scan", "plan", "run", "write"}
+    stage : str
+        "scan", "plan", "run", "write"; of training "read", "train", "sample", "fit".
     done, total : float
-        Files while planning, seconds of audio while running.
+        Files while planning or reading, seconds of audio while running, steps while training.
+    note : str
+        What else is worth showing beside the progress; may be empty.
     """
 
     stage: str
     done: float
     total: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ def _run_shards(
     def decoder(index: int) -> Decoder | None:
         if index >= len(shards):
             return None
-        return Decoder(shards[index], tokenizer.encoder.grid, tokenizer.window, decode_threads)
+        encoder = tokenizer.encoder
+        return Decoder(shards[index], encoder.grid, tokenizer.window, decode_threads, encoder.context)
 
     following = decoder(0)
     try:

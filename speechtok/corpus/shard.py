@@ -12,7 +12,7 @@ from speechtok.audio.decode import AudioFile, resampled
 from speechtok.corpus.rows import Row
 from speechtok.corpus.sources import Utterance
 from speechtok.errors import AudioError, SpeechtokError
-from speechtok.frames import FrameGrid, Window, WindowRule
+from speechtok.frames import Context, FrameGrid, Window, WindowRule
 from speechtok.tokenizer import Tokenizer
 from speechtok.windows import cut
 
@@ -51,6 +51,8 @@ class Decoder:
     rule : WindowRule
     threads : int
         One thread keeps the order of the files.
+    context : Context, optional
+        Of the encoder, see `WindowBuffer`.
 
     Attributes
     ----------
@@ -58,8 +60,15 @@ class Decoder:
         One per utterance; complete when the iteration ends.
     """
 
-    def __init__(self, utterances: Sequence[Utterance], grid: FrameGrid, rule: WindowRule, threads: int):
-        self.utterances, self.grid, self.rule = utterances, grid, rule
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        grid: FrameGrid,
+        rule: WindowRule,
+        threads: int,
+        context: Context | None = None,
+    ):
+        self.utterances, self.grid, self.rule, self.context = utterances, grid, rule, context
         self.sources = [Source() for _ in utterances]
         self._ready: queue.Queue[Job | BaseException | None] = queue.Queue(_QUEUE)
         self._stop, self._lock, self._todo = threading.Event(), threading.Lock(), iter(range(len(utterances)))
@@ -92,7 +101,7 @@ class Decoder:
         try:
             with AudioFile(utterance.open(), utterance.path) as file:
                 blocks = resampled(file.blocks(), file.sample_rate, grid.sample_rate)
-                for window, wave in cut(blocks, grid, self.rule):
+                for window, wave in cut(blocks, grid, self.rule, self.context):
                     frames += window.count
                     self._put((index, window, wave))
                     if self._stop.is_set():
@@ -136,7 +145,7 @@ def run_shard(
     ----------
     tokenizer : Tokenizer
     decoder : Decoder
-        With the tokenizer's grid and window rule.
+        With the tokenizer's grid, window rule and context.
     batch_seconds : float
         Padded audio per batch; changes speed and memory, never the units.
     on_progress : callable

@@ -1,16 +1,17 @@
 """The interface of all encoders: wave in, frames out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from speechtok.errors import AudioError
-from speechtok.frames import FrameGrid
+from speechtok.frames import Context, FrameGrid
 
-__all__ = ["Encoder", "Frames"]
+__all__ = ["ChunkState", "Encoder", "Frames"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,28 @@ class Frames:
     lengths: Tensor
 
 
+class ChunkState(Protocol):
+    """What an encoder in chunks remembers of a batch of streams.
+
+    Attributes
+    ----------
+    seen : int64 [B]
+        Positions that were computed of each stream.
+    """
+
+    seen: Tensor
+
+    def rows(self) -> Iterator[Self]:
+        """The states of the single streams; they share no memory."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same state on a device."""
+
+    @staticmethod
+    def join(states: Sequence[Any]) -> "ChunkState":
+        """One batch of the states of single streams."""
+
+
 class Encoder(nn.Module, ABC):
     """Turns waves into frames. A row of a batch gives the frames it would give alone.
 
@@ -40,8 +63,8 @@ class Encoder(nn.Module, ABC):
         Size of a frame.
     layer : int or None
         Index into transformers' ``hidden_states``; None for encoders without layers.
-    context : int or None
-        Frames on each side that a frame depends on besides its own samples; None where a frame
+    context : Context or None
+        Frames that a frame depends on besides its own samples; None where a frame
         depends on the whole utterance (streams of such encoders only approximate the offline result).
     rounding : float
         Bound on the relative rounding error of a frame (Euclidean norm) between batch shapes.
@@ -53,7 +76,7 @@ class Encoder(nn.Module, ABC):
     grid: FrameGrid
     dim: int
     layer: int | None
-    context: int | None
+    context: Context | None
 
     @property
     def sample_rate(self) -> int:
@@ -73,12 +96,46 @@ class Encoder(nn.Module, ABC):
     @property
     def look_ahead(self) -> int | None:
         """Samples after the end of a frame's own samples that it needs; None: the whole utterance."""
-        return None if self.context is None else self.context * self.hop
+        return None if self.context is None else self.context.most_ahead * self.hop
 
     @property
     def exact_stream(self) -> bool:
         """Whether a stream gives the frames of the offline pass."""
         return self.context is not None
+
+    @property
+    def chunked(self) -> bool:
+        """Whether streams go chunk by chunk through `advance`."""
+        return self.context is not None and self.context.chunk > 1
+
+    def stream_state(self, batch: int) -> ChunkState:
+        """State of `batch` streams before their first chunk (encoders in chunks only)."""
+        raise NotImplementedError(f"{self.type} does not work in chunks")
+
+    def advance(self, wave: Tensor, lengths: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, ChunkState]:
+        """Compute the next chunk of every stream (encoders in chunks only).
+
+        Position p of a stream reads frame p and answers for frame ``p - look_ahead``; a stream begins at position 0
+        and ends, `look_ahead` positions after its last frame, with positions that read nothing.
+
+        Parameters
+        ----------
+        wave : float32 [B, grid.num_samples(chunk)]
+            The samples of the frames of this chunk.
+        lengths : int64 [B]
+            Samples that there are: all, except where the sound ends.
+        positions : int64 [B]
+            Positions that count: `chunk`, except in the last chunk of a stream.
+        state : ChunkState
+            From `stream_state` or the last call.
+
+        Returns
+        -------
+        frames : float32 [B, chunk, D]
+            Frames ``seen - look_ahead + [0, chunk)``; those before frame 0 mean nothing.
+        state : ChunkState
+        """
+        raise NotImplementedError(f"{self.type} does not work in chunks")
 
     def config_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""

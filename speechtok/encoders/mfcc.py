@@ -7,7 +7,7 @@ from torch import Tensor
 from speechtok.audio.features import FRAME, HOP, mfcc39
 from speechtok.encoders.base import Encoder, Frames
 from speechtok.errors import InputError
-from speechtok.frames import FrameGrid
+from speechtok.frames import Context, FrameGrid
 
 __all__ = ["MfccConfig", "MfccEncoder"]
 
@@ -50,7 +50,7 @@ class MfccEncoder(Encoder):
     type = "mfcc"
     dim = 39
     layer = None
-    context = 4
+    context = Context(4, 4)
 
     def __init__(self, config: MfccConfig | None = None, layer: int | None = None) -> None:
         super().__init__()

@@ -114,7 +114,7 @@ def from_pretrained(path_or_name: str | Path, layer: int | None = None, *, revis
     Parameters
     ----------
     path_or_name : str or Path
-        A folder, a file with a flat Sylber state dict, the name ``owner/repository`` of a Hugging Face repository, or
+        A folder (of Hugging Face's layout, or written by `speechtok.encoders.saved.save_encoder`), a file with a flat Sylber state dict, the name ``owner/repository`` of a Hugging Face repository, or
         the type of an encoder without weights ("mfcc").
         A weight file that has a ``config.json`` beside it is read with that configuration.
     layer : int, optional
@@ -152,6 +152,10 @@ def from_pretrained(path_or_name: str | Path, layer: int | None = None, *, revis
             config = config_class.from_shapes({name: tuple(tensor.shape) for name, tensor in _plain(tensors).items()})
             return load_checkpoint(encoder_class, config, layer, tensors)
     folder = path.parent if path.is_file() else path
+    if (folder / "encoder.json").exists():
+        from speechtok.encoders.saved import read_encoder
+
+        return read_encoder(folder, layer)
     description = _read_json(folder / "config.json")
     preprocessor = folder / "preprocessor_config.json"
     kind = _MODEL_TYPES.get(str(description.get("model_type")))

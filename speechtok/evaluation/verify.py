@@ -1,6 +1,9 @@
 """The three equivalences, measured on the user's own files.
 
 1. batched == single, 2. streamed == offline, 3. killed and resumed == one pass.
+
+Streams are pushed in random pieces of 1 sample to 2 seconds, at the files' own sample rates and at others; where they
+are exact, also many of them in one batch.
 """
 
 import json
@@ -9,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from speechtok.audio.decode import AudioFile
+from speechtok.audio.resample import resample
 from speechtok.corpus.engine import tokenize
 from speechtok.corpus.sources import Utterance, scan
 from speechtok.errors import InputError, SpeechtokError
@@ -25,9 +29,12 @@ from speechtok.frames import Window, WindowRule
 from speechtok.tokenizer import Tokenizer
 from speechtok.units import Units
 
-__all__ = ["feature_difference", "in_batches", "verify"]
+__all__ = ["feature_difference", "in_batches", "random_pieces", "streamed", "streamed_together", "verify"]
 
 _BATCHES = (4, 16)
+_RATES = (8_000, 16_000, 22_050, 44_100, 48_000)  # Hz, of streams
+_TOGETHER = 32  # streams in one batch
+_LONGEST_PIECE = 2.0  # seconds
 _KILLS = 3
 
 Loaded = tuple[NDArray[np.float32], int]
@@ -48,12 +55,13 @@ def verify(
     window : WindowRule, optional
         Also stream with this rule; its agreement with offline is reported, not required.
     seed : int
-        Of chunk sizes and kill times.
+        Of the sizes of pushed pieces and of kill times.
 
     Returns
     -------
     dict
-        ``checks`` (each with the rates of identical files and frames), ``max_feature_difference``, ``skipped``
+        ``checks`` (each with the rates of identical files and frames, and the near-ties that were decided, in streams
+        as well as in batches), ``max_feature_difference``, ``skipped``
         and ``holds``: whether every required rate is 1.
     """
     utterances = scan(source).utterances
@@ -80,18 +88,23 @@ def verify(
     for size in _BATCHES:
         units, ties = in_batches(tokenizer, waves, size)
         checks.append(_compare(f"batched by {size} = single", units, offline, ties) | {"required": True})
-    chunks = random.Random(seed)
-    checks.append(
-        _compare("streamed = offline", [_streamed(tokenizer, w, r, None, chunks) for w, r in waves], offline, 0)
-        | {"required": True}
-    )
+    chance = random.Random(seed)
+    units, ties = _each_streamed(tokenizer, waves, None, chance)
+    checks.append(_compare("streamed = offline", units, offline, ties) | {"required": True})
+    if tokenizer.encoder.exact_stream:
+        units, ties = streamed_together(tokenizer, waves, _TOGETHER, chance)
+        checks.append(_compare(f"streamed, {_TOGETHER} at once = offline", units, offline, ties) | {"required": True})
+    others = [_at_another_rate(wave, i) for i, wave in enumerate(waves)]
+    units, ties = _each_streamed(tokenizer, others, None, chance)
+    expected = [tokenizer.encode(wave, rate) for wave, rate in others]
+    checks.append(_compare("streamed at other sample rates = offline", units, expected, ties) | {"required": True})
     if window is not None and not tokenizer.encoder.exact_stream:
-        units = [_streamed(tokenizer, w, r, window, chunks) for w, r in waves]
+        units, ties = _each_streamed(tokenizer, waves, window, chance)
         name = f"streamed in windows of {window.max_seconds:g} s = offline"
-        checks.append(_compare(name, units, offline, 0) | {"required": False})
+        checks.append(_compare(name, units, offline, ties) | {"required": False})
     plain = [utterance for utterance in usable if not utterance.container]
     if plain:  # members of archives cannot be listed in a manifest
-        same, kills = _killed_and_resumed(plain, tokenizer, chunks)
+        same, kills = _killed_and_resumed(plain, tokenizer, chance)
         checks.append(
             {
                 "name": f"killed {kills} times and resumed = one pass",
@@ -151,17 +164,60 @@ def feature_difference(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> float:
     return worst
 
 
-def _streamed(
-    tokenizer: Tokenizer, wave: NDArray[np.float32], rate: int, window: WindowRule | None, chunks: random.Random
-) -> Units:
-    parts, position = [], 0
+def random_pieces(wave: NDArray[np.float32], rate: int, chance: random.Random) -> Iterator[NDArray[np.float32]]:
+    """Cut float32 [N] samples into pieces of 1 sample to 2 seconds, small ones as often as large ones."""
+    begin = 0
+    while begin < len(wave):
+        size = int((_LONGEST_PIECE * rate) ** chance.random())
+        yield wave[begin : begin + size]
+        begin += size
+
+
+def streamed(
+    tokenizer: Tokenizer, wave: NDArray[np.float32], rate: int, window: WindowRule | None, chance: random.Random
+) -> tuple[Units, int]:
+    """Units of one stream of float32 [N] samples at `rate`, in random pieces, and the number of near-ties."""
     with tokenizer.stream(rate, window=window) as stream:
-        while position < len(wave):
-            size = chunks.randint(1, rate)
-            parts.append(stream.push(wave[position : position + size]))
-            position += size
+        parts = [stream.push(piece) for piece in random_pieces(wave, rate, chance)]
         parts.append(stream.flush())
-    return Units.concatenate(parts)
+        return Units.concatenate(parts), stream.ties
+
+
+def streamed_together(
+    tokenizer: Tokenizer, waves: Sequence[Loaded], together: int, chance: random.Random
+) -> tuple[list[Units], int]:
+    """Units of streams of which up to `together` are open at a time, each at another place; number of near-ties.
+
+    Every turn pushes the next random piece of all open streams in one batch; a stream that ends makes room for another.
+    """
+    streams = tokenizer.streams()
+    pieces = [random_pieces(wave, rate, chance) for wave, rate in waves]
+    parts: list[list[Units]] = [[] for _ in waves]
+    waiting, active = list(range(len(waves))), list[int]()
+    while waiting or active:
+        while waiting and len(active) < together:
+            active.append(waiting.pop(0))
+            streams.open(active[-1], waves[active[-1]][1])
+        turn = {i: piece for i in active if (piece := next(pieces[i], None)) is not None}
+        given, rest = streams.push(turn), streams.flush(i for i in active if i not in turn)
+        for i in active:
+            parts[i].append(given[i] if i in turn else rest[i])
+        active = list(turn)
+    return [Units.concatenate(part) for part in parts], streams.ties
+
+
+def _each_streamed(
+    tokenizer: Tokenizer, waves: Sequence[Loaded], window: WindowRule | None, chance: random.Random
+) -> tuple[list[Units], int]:
+    results = [streamed(tokenizer, wave, rate, window, chance) for wave, rate in waves]
+    return [units for units, _ in results], sum(ties for _, ties in results)
+
+
+def _at_another_rate(wave: Loaded, turn: int) -> Loaded:
+    samples, rate = wave
+    others = [other for other in _RATES if other != rate]
+    chosen = others[turn % len(others)]
+    return resample(samples, rate, chosen), chosen
 
 
 def _compare(name: str, found: Sequence[Units], expected: Sequence[Units], ties: int) -> dict[str, Any]:

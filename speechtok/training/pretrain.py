@@ -1,0 +1,109 @@
+"""Pre-train a w2v-BERT encoder from a recipe: read the sound, run the loop, write the encoder."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from speechtok.corpus.engine import Event
+from speechtok.encoders.pretrained import from_pretrained
+from speechtok.encoders.saved import save_encoder
+from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+from speechtok.errors import InputError
+from speechtok.training.loop import train
+from speechtok.training.mels import Mels
+from speechtok.training.probe import PhoneProbe
+from speechtok.training.recipe import Recipe, section
+from speechtok.training.w2v_bert import W2vBertObjective, W2vBertObjectiveConfig
+
+__all__ = ["pretrain"]
+
+KIND = "w2v-bert"
+PROBED = (100, 500)  # vocabularies of the phone probe
+
+
+def pretrain(
+    recipe: str | Path,
+    data: str | os.PathLike[str],
+    folder: Path,
+    *,
+    held_out: str | os.PathLike[str] | None = None,
+    aligned: Path | None = None,
+    noise: str | os.PathLike[str] | None = None,
+    init: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Path:
+    """Train, or go on with an interrupted run.
+
+    Parameters
+    ----------
+    recipe : str or Path
+        See `Recipe.read`.
+    data : path or glob
+        Training sound, as for ``tokenize``.
+    folder : Path
+        Of the run, see `speechtok.training.loop.train`; gets ``encoder`` at the end.
+    held_out : path or glob, optional
+        Sound on which the loss is watched.
+    aligned : Path, optional
+        Aligned folder on which the phone information of every layer is watched; nothing is learned from it.
+    noise : path or glob, optional
+        Sound that the perturbations mix in.
+    init : Path, optional
+        Encoder folder whose weights the encoder begins with.
+    changes : mapping, optional
+        See `Recipe.read`.
+    device : str
+    on_event : callable
+        Progress.
+
+    Returns
+    -------
+    Path
+        The folder of the encoder.
+
+    Raises
+    ------
+    InputError
+        If recipe and data do not fit each other.
+    """
+    chosen = Recipe.read(recipe, KIND, changes)
+    if chosen.perturb is not None and (chosen.perturb.noise_probability > 0) != (noise is not None):
+        raise InputError("[perturb] noise_probability and noise go together: give both or none")
+    cache = folder / "mels"
+    mels = Mels.build(data, cache / "train", chosen.data.speeds, on_event)
+    watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
+    noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
+    torch.manual_seed(chosen.run.seed)
+    objective = W2vBertObjective(
+        section(W2vBertConfig, chosen.model, "model"),
+        section(W2vBertObjectiveConfig, chosen.objective, "objective"),
+        chosen.perturb,
+    )
+    encoder = objective.encoder
+    if encoder.config.normalization == "stored":
+        encoder.feature_mean.copy_(torch.from_numpy(mels.mean))
+        encoder.feature_scale.copy_(1.0 / torch.from_numpy(mels.deviation))
+    if init is not None:
+        _begin_with(encoder, init)
+    probe = None if aligned is None else PhoneProbe.read(aligned, encoder, mels, clusters=PROBED)
+
+    def probed(trained: nn.Module) -> dict[str, float]:
+        return {} if probe is None else probe(trained.encoder)
+
+    train(
+        objective, chosen, mels, folder, noises=noises, held_out=watched, probe=probed, device=device, on_event=on_event
+    )
+    return save_encoder(objective.export(), folder / "encoder")
+
+
+def _begin_with(encoder: W2vBertEncoder, folder: Path) -> None:
+    given = from_pretrained(folder)
+    if not isinstance(given, W2vBertEncoder) or given.config != encoder.config:
+        raise InputError(f"{folder} holds an encoder of another kind or size than the recipe's")
+    encoder.load_state_dict(given.state_dict())

@@ -1,0 +1,217 @@
+"""Recipes: everything that decides a training run, read from TOML and held to account."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+from speechtok.audio.perturb import PerturbConfig
+from speechtok.errors import InputError
+
+__all__ = ["DataConfig", "OptimizerConfig", "Recipe", "RunConfig", "named", "section"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a step sees.
+
+    Parameters
+    ----------
+    crop_seconds : tuple of float
+        Lengths of the buckets, see `Sampler`.
+    batch_seconds : float
+        Sound in a step, over all processes and micro-batches.
+    speeds : tuple of float
+        See `Mels.build`.
+    """
+
+    crop_seconds: tuple[float, ...] = (2.56, 5.12, 10.24)
+    batch_seconds: float = 30.72
+    speeds: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Parameters
+    ----------
+    learning_rate : float
+        At the peak.
+    warmup : float
+        Share of the steps until then, linear.
+    schedule : {"cosine", "linear", "constant"}
+        From there to `final` times the peak at the last step.
+    betas, eps, weight_decay, clip
+        Of AdamW; gradients are scaled to a norm of at most `clip`. Vectors and scalars are not decayed.
+    """
+
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    final: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise InputError(f"[optimizer] schedule {self.schedule!r}: known are cosine, linear and constant")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long and how.
+
+    Parameters
+    ----------
+    steps : int
+        Updates.
+    seed : int
+        Of everything that is drawn.
+    precision : {"float32", "bfloat16", "float16"}
+        Autocast.
+    accumulate : int
+        Micro-batches per update.
+    compile : bool
+        Compile the blocks.
+    log_every, evaluate_every, checkpoint_every : int
+        Steps.
+    """
+
+    steps: int
+    seed: int = 0
+    precision: str = "bfloat16"
+    accumulate: int = 1
+    compile: bool = False
+    log_every: int = 50
+    evaluate_every: int = 1000
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16", "float16"):
+            raise InputError(f"[run] precision {self.precision!r}: known are float32, bfloat16 and float16")
+        if min(self.steps, self.accumulate, self.log_every, self.evaluate_every, self.checkpoint_every) < 1:
+            raise InputError("[run] steps, accumulate and the intervals must be at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Parameters
+    ----------
+    kind : str
+        Which objective.
+    model, objective : dict
+        Sections that the objective reads (see `section`).
+    data : DataConfig
+    optimizer : OptimizerConfig
+    run : RunConfig
+    perturb : PerturbConfig or None
+    """
+
+    kind: str
+    model: dict[str, Any]
+    objective: dict[str, Any]
+    run: RunConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    perturb: PerturbConfig | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, name_or_path: str | Path, kind: str, changes: Mapping[str, Any] | None = None) -> "Recipe":
+        """Read a recipe.
+
+        Parameters
+        ----------
+        name_or_path : str or Path
+            A TOML file, or the name of a shipped recipe.
+        kind : str
+            The objective that it must be for.
+        changes : mapping, optional
+            ``{"run.steps": 100, ...}``: values that replace those of the file.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read, or a section or field is unknown or of the wrong type; the message names it.
+        """
+        path = Path(name_or_path)
+        if not path.is_file():
+            shipped = named()
+            if str(name_or_path) not in shipped:
+                raise InputError(f"{name_or_path} is no file and no recipe; recipes are {', '.join(sorted(shipped))}")
+            path = shipped[str(name_or_path)]
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"{path}: no readable TOML ({error})") from error
+        for place, value in (changes or {}).items():
+            part, _, key = place.rpartition(".")
+            if part:
+                table.setdefault(part, {})[key] = value
+            else:
+                table[key] = value
+        if table.pop("kind", None) != kind:
+            raise InputError(f"{path}: is no recipe for {kind}; its first line must be: kind = {kind!r}")
+        known = {"model", "objective", "data", "optimizer", "run", "perturb"}
+        if unknown := sorted(set(table) - known):
+            raise InputError(f"{path}: unknown section {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        for name, part in table.items():
+            if not isinstance(part, dict):
+                raise InputError(f"{path}: [{name}] must be a section")
+        try:
+            return cls(
+                kind,
+                table.get("model", {}),
+                table.get("objective", {}),
+                section(RunConfig, table.get("run", {}), "run"),
+                section(DataConfig, table.get("data", {}), "data"),
+                section(OptimizerConfig, table.get("optimizer", {}), "optimizer"),
+                section(PerturbConfig, table["perturb"], "perturb") if "perturb" in table else None,
+            )
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+def named() -> dict[str, Path]:
+    """Recipes that come with the package: name -> file."""
+    root = Path(str(files("speechtok.training"))) / "recipes"
+    return {path.stem: path for path in sorted(root.glob("*.toml"))}
+
+
+def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
+    """Make a configuration dataclass from a section; InputError where a field is unknown, missing or mistyped."""
+    known = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise InputError(f"[{name}] has no field {unknown[0]!r}; known are {', '.join(known)}")
+    checked = {key: _typed(value, known[key].type, f"[{name}] {key}") for key, value in values.items()}
+    try:
+        return kind(**checked)
+    except TypeError as error:
+        raise InputError(f"[{name}] {error}") from error
+
+
+def _typed(value: Any, wanted: Any, place: str) -> Any:
+    if get_origin(wanted) is tuple:
+        inner = get_args(wanted)[0]
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{place} is {value!r}; give a list")
+        return tuple(_typed(entry, inner, place) for entry in value)
+    kinds = get_args(wanted) or (wanted,)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise InputError(f"{place} is {value!r}; give {names}")
+    return value
