@@ -1,5 +1,6 @@
 """``speechtok train``."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,86 @@ def w2v_bert(
         folder = pretrain(
             recipe, data, out, held_out=held_out, aligned=aligned, noise=noise, init=init, changes=changes(change),
             device=device, on_event=tell,
+        )  # fmt: skip
+    typer.echo(str(folder))
+
+
+class Size(StrEnum):
+    """What shipped models are trained on."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+@train.command("models")
+def models(
+    data: Annotated[Path, typer.Option(help="Holds speech/train, speech/dev, speech/eval, noise and rir.")],
+    size: Annotated[Size, typer.Option(help="Size of the encoder: w2vbert-mini-SIZE is its recipe.")] = Size.cpu,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="STEP", help="Just this step and what it needs; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and why.")] = False,
+    encoder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Take this trained encoder (RUN/encoder) instead.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Runs in progress and trained encoders are kept here.")] = Path("runs"),
+    root: Annotated[Path, typer.Option(help="Checkout whose assets and tables are refreshed.")] = Path(),
+    device: Annotated[str | None, typer.Option(help="Torch device; default cpu, for --size gpu cuda.")] = None,
+    log: Log = LogMode.auto,
+) -> None:
+    """Make all shipped models again, with their tables and cards; what has not changed is left as it is.
+
+    An interrupted call is gone on with by the same call.
+    """
+    from speechtok.training.graph import plan, run
+    from speechtok.training.models import Choices, Places, record, steps
+
+    places = Places(data, root, runs)
+    known = record(places)
+    with progress(log) as tell:
+        chosen = steps(
+            places, Choices(f"w2vbert-mini-{size.value}"), encoder=encoder,
+            device=device or ("cuda" if size is Size.gpu else "cpu"), command=f"make models SIZE={size.value}",
+            on_event=tell,
+        )  # fmt: skip
+        if dry_run:
+            for name, reason in plan(chosen, known, only or ()).items():
+                typer.echo(f"{name}: {reason or 'up to date'}")
+            return
+        built = run(chosen, known, only or (), on_step=lambda name, reason: typer.echo(f"{name}: {reason}"))
+    typer.echo(f"{len(built)} steps done" if built else "everything is up to date")
+
+
+Teacher = Annotated[
+    str, typer.Option(help="Encoder that is copied: a checkpoint folder or file, or a Hugging Face name.")
+]
+TeacherLayer = Annotated[int | None, typer.Option(help="Index into the teacher's hidden_states; default the last.")]
+
+
+@train.command()
+def distill(
+    recipe: Recipe,
+    teacher: Teacher,
+    data: Data,
+    out: Out,
+    teacher_layer: TeacherLayer = None,
+    held_out: HeldOut = None,
+    aligned: Aligned = None,
+    noise: Noise = None,
+    change: Change = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+) -> None:
+    """Make a small exact-streaming copy of an encoder; RUN/encoder is what `speechtok fit --encoder` takes.
+
+    The teacher's frames are computed first and kept in the run's folder.
+    """
+    from speechtok.training.student import distill as run
+
+    with progress(log) as tell:
+        folder = run(
+            recipe, teacher, data, out, layer=teacher_layer, held_out=held_out, aligned=aligned, noise=noise,
+            changes=changes(change), device=device, on_event=tell,
         )  # fmt: skip
     typer.echo(str(folder))
 

@@ -114,8 +114,9 @@ def from_pretrained(path_or_name: str | Path, layer: int | None = None, *, revis
     Parameters
     ----------
     path_or_name : str or Path
-        A folder (of Hugging Face's layout, or written by `speechtok.encoders.saved.save_encoder`), a file with a flat Sylber state dict, the name ``owner/repository`` of a Hugging Face repository, or
-        the type of an encoder without weights ("mfcc").
+        A folder (of Hugging Face's layout, or written by `speechtok.encoders.saved.save_encoder`), a file with a flat
+        Sylber state dict, the name ``owner/repository`` of a Hugging Face repository, or the type of an encoder
+        without weights ("mfcc").
         A weight file that has a ``config.json`` beside it is read with that configuration.
     layer : int, optional
         Index into ``hidden_states``, see `HubertEncoder`; None: the last.

@@ -1,7 +1,7 @@
 """w2v-BERT: filter bank, sub-sampling, and a conformer.
 
-With its defaults this is the encoder of SeamlessM4T (w2v-BERT 2.0, Barrault et al. 2023, arXiv:2308.11596; 50 frames per
-second), frame for frame what transformers' ``Wav2Vec2BertModel`` gives on the output of
+With its defaults this is the encoder of SeamlessM4T (w2v-BERT 2.0, Barrault et al. 2023, arXiv:2308.11596; 50 frames
+per second), frame for frame what transformers' ``Wav2Vec2BertModel`` gives on the output of
 ``SeamlessM4TFeatureExtractor``. Other settings give the form of 2021 (Chung et al., arXiv:2108.06209; convolutional
 sub-sampling, 25 frames per second) and one that streams exactly (chunked attention, stored normalisation).
 """
@@ -9,7 +9,7 @@ sub-sampling, 25 frames per second) and one that streams exactly (chunked attent
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,10 @@ class W2vBertConfig:
     look_ahead : int
         Frames by which the blocks answer later than they read: every frame sees at least that much of what follows,
         also the last one of a chunk (chunked attention only).
+    smoothing : int
+        The last layer's frames are means of so many block outputs around them (chunked attention only), an odd
+        number of at most ``2 * look_ahead + 1``; 1: none; not for layer 0. Adds ``smoothing // 2`` frames to the look-ahead. Frame by frame, clusters of
+        smoothed frames flicker less and tell more about phones.
 
     Raises
     ------
@@ -84,6 +88,7 @@ class W2vBertConfig:
     attention_chunk: int | None = None
     attention_past: int = 0
     look_ahead: int = 0
+    smoothing: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -115,6 +120,15 @@ class W2vBertConfig:
                 f"attention_chunk {chunk!r} must be an integer of at least 2, "
                 f"and attention_past {self.attention_past} a multiple of it"
             )
+        if self.smoothing % 2 == 0 or self.smoothing // 2 > self.look_ahead:
+            raise CheckpointError(
+                f"smoothing {self.smoothing} must be odd and at most 2 * look_ahead + 1, here {2 * self.look_ahead + 1}"
+            )
+
+    @property
+    def answers_after(self) -> int:
+        """Positions from reading a frame to the answer of the last layer: the look-ahead and half the smoothing."""
+        return self.look_ahead + self.smoothing // 2
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], preprocessor: dict[str, Any] | None = None) -> Self:
@@ -173,11 +187,14 @@ class W2vBertState:
     ----------
     blocks : list of BlockState
         Of every block.
+    recent : float [B, smoothing - 1, D]
+        The last outputs of the last block.
     seen : int64 [B]
         Positions that were computed.
     """
 
     blocks: list[BlockState]
+    recent: Tensor
     seen: Tensor
 
     def rows(self) -> Iterator["W2vBertState"]:
@@ -185,12 +202,12 @@ class W2vBertState:
         for i in range(len(self.seen)):
             row = slice(i, i + 1)
             blocks = [BlockState(b.keys[row].clone(), b.values[row].clone(), b.conv[row].clone()) for b in self.blocks]
-            yield W2vBertState(blocks, self.seen[row].clone())
+            yield W2vBertState(blocks, self.recent[row].clone(), self.seen[row].clone())
 
     def to(self, device: torch.device) -> "W2vBertState":
         """The same state on a device."""
         blocks = [BlockState(b.keys.to(device), b.values.to(device), b.conv.to(device)) for b in self.blocks]
-        return W2vBertState(blocks, self.seen.to(device))
+        return W2vBertState(blocks, self.recent.to(device), self.seen.to(device))
 
     @staticmethod
     def join(states: Sequence["W2vBertState"]) -> "W2vBertState":
@@ -199,7 +216,9 @@ class W2vBertState:
             BlockState(*(torch.cat([getattr(b, field.name) for b in same]) for field in fields(BlockState)))
             for same in zip(*(state.blocks for state in states), strict=True)
         ]
-        return W2vBertState(blocks, torch.cat([state.seen for state in states]))
+        return W2vBertState(
+            blocks, torch.cat([state.recent for state in states]), torch.cat([state.seen for state in states])
+        )
 
 
 class W2vBertEncoder(Encoder):
@@ -283,11 +302,16 @@ class W2vBertEncoder(Encoder):
         # The convolution of a chunk reads frames of earlier chunks, each of which saw the `past` before its own chunk.
         chunks = -(-(self.config.conv_depthwise_kernel_size - 1) // chunk)
         before = self.config.attention_past + chunks * chunk
-        if self.layer == 0:  # no block, no chunks
+        if self.layer == 0:  # no block, no chunks; the projection answers at once
             return Context(0, 0)
         # A window holds at least the frames that it answers for.
-        ahead = -(-self.config.look_ahead // chunk) * chunk
-        return Context(max(self.layer * before, ahead), 0, chunk, self.config.look_ahead)
+        ahead, smoothed = (-(-n // chunk) * chunk for n in (self.config.answers_after, self.config.smoothing - 1))
+        return Context(max(self.layer * before + smoothed, ahead), 0, chunk, self.config.answers_after)
+
+    @property
+    def blocks(self) -> list[ConformerBlock]:
+        """The conformer blocks, the lowest first."""
+        return cast(list[ConformerBlock], list(cast(nn.ModuleList, self.encoder["layers"])))
 
     def filter_bank(self, wave: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Log mel frames before any normalisation: float32 [B, T', 80] at 100 Hz and their lengths, int64 [B]."""
@@ -338,7 +362,22 @@ class W2vBertEncoder(Encoder):
     def encode(self, wave: Tensor, lengths: Tensor) -> Frames:
         """Frames of layer `layer` for a checked batch: wave float32 [B, N], lengths int64 [B]."""
         features, counts = self.features(wave, lengths)
-        return Frames(deque(self.walk(features, counts), maxlen=1).pop(), counts)
+        total = features.shape[1]
+        x = deque(self._positions(features, counts), maxlen=1).pop()
+        if self.layer:
+            x = self._smooth(x)[:, self.config.answers_after - self.config.smoothing + 1 :]
+        return Frames(x[:, :total].masked_fill(~valid_frames(counts, total)[..., None], 0.0), counts)
+
+    def _smooth(self, x: Tensor) -> Tensor:
+        """Means over `smoothing` positions: float [B, T, D] -> float [B, T - smoothing + 1, D]."""
+        count = self.config.smoothing
+        if count == 1:
+            return x
+        length = x.shape[1] - count + 1
+        total = x[:, :length]
+        for i in range(1, count):
+            total = total + x[:, i : i + length]
+        return total / count
 
     def hidden_states(self, wave: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
         """Hidden states of all layers up to `layer`.
@@ -389,63 +428,58 @@ class W2vBertEncoder(Encoder):
         Yields
         ------
         float [B, T, D]
-            ``layer + 1`` times; zeros behind the end of each row.
+            ``layer + 1`` times, without smoothing; zeros behind the end of each row.
         """
-        ahead = self.config.look_ahead
-        behind = ~valid_frames(frame_lengths, features.shape[1])[..., None]
-        x = self.feature_projection(features).masked_fill(behind, 0.0)
+        frames, ahead = features.shape[1], self.config.look_ahead
+        behind = ~valid_frames(frame_lengths, frames)[..., None]
+        for layer, x in enumerate(self._positions(features, frame_lengths, replace, key_bias)):
+            first = ahead if layer else 0  # the projection answers at once
+            yield x[:, first : first + frames].masked_fill(behind, 0.0)
+
+    def _positions(
+        self,
+        features: Tensor,
+        frame_lengths: Tensor,
+        replace: Callable[[Tensor], Tensor] | None = None,
+        key_bias: Sequence[Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """What `walk` cuts frames out of: answers lie `look_ahead` (smoothed: `answers_after`) behind their frames."""
+        ahead = self.config.answers_after
+        x = self.feature_projection(features)
+        x = x.masked_fill(~valid_frames(frame_lengths, features.shape[1])[..., None], 0.0)
         if replace is not None:
             x = replace(x)
-        yield x
-        # The answer for frame t is read `ahead` positions later, so rows are that much longer inside the blocks.
         x = F.pad(x, (0, 0, 0, ahead))
+        yield x
         inside = valid_frames(frame_lengths + ahead, x.shape[1])
         valid = None if bool(inside.all()) else inside
-        for index, block in enumerate(self.encoder["layers"].children()):
+        for index, block in enumerate(self.blocks):
             bias = None if key_bias is None else F.pad(key_bias[index], (0, ahead))
             x = block(x, valid, bias) if features.shape[1] else x
             if valid is not None:
                 x = x.masked_fill(~inside[..., None], 0.0)
-            yield x[:, ahead:].masked_fill(behind, 0.0)
+            yield x
 
     def stream_state(self, batch: int) -> W2vBertState:
         """State of `batch` streams before their first chunk, for `advance` (encoders of bounded context only)."""
-        seen = torch.zeros(batch, dtype=torch.int64, device=self.feature_projection.projection.weight.device)
-        return W2vBertState([block.state(batch) for block in self.encoder["layers"].children()], seen)
+        seen = torch.zeros(batch, dtype=torch.int64, device=next(self.parameters()).device)
+        recent = torch.zeros(batch, self.config.smoothing - 1, self.dim, device=seen.device)
+        return W2vBertState([block.state(batch) for block in self.blocks], recent, seen)
 
     def advance(
         self, wave: Tensor, lengths: Tensor, positions: Tensor, state: W2vBertState
     ) -> tuple[Tensor, W2vBertState]:
-        """Compute the next chunk of every stream; streams may be at different places.
-
-        Position p of a stream reads frame p and answers for frame ``p - look_ahead``; a stream begins at position 0
-        and ends, `look_ahead` positions after its last frame, with positions that read nothing.
-
-        Parameters
-        ----------
-        wave : float32 [B, grid.num_samples(chunk)]
-            The samples of the frames of this chunk.
-        lengths : int64 [B]
-            Samples that there are: all, except where the sound ends.
-        positions : int64 [B]
-            Positions that count: `chunk`, except in the last chunk of a stream.
-        state : W2vBertState
-            From `stream_state` or the last call.
-
-        Returns
-        -------
-        frames : float32 [B, chunk, D]
-            Frames ``seen - look_ahead + [0, chunk)`` of layer `layer`; those before frame 0 mean nothing.
-        state : W2vBertState
-        """
+        """Compute the next chunk of every stream, see `Encoder.advance`; streams may be at different places."""
         chunk = self.context.chunk if self.context is not None else 0
         features, counts = self.features(wave, lengths)
         features = F.pad(features, (0, 0, 0, chunk - features.shape[1]))
         x = self.feature_projection(features).masked_fill(~valid_frames(counts, chunk)[..., None], 0.0)
         valid = valid_frames(positions, chunk)
         blocks = []
-        for block, before in zip(self.encoder["layers"].children(), state.blocks, strict=True):
+        for block, before in zip(self.blocks, state.blocks, strict=True):
             x, after = block.step(x, before, state.seen, valid)
             x = x.masked_fill(~valid[..., None], 0.0)
             blocks.append(after)
-        return x, W2vBertState(blocks, state.seen + positions)
+        x = torch.cat([state.recent, x], dim=1)
+        recent = x[:, x.shape[1] - self.config.smoothing + 1 :]
+        return self._smooth(x), W2vBertState(blocks, recent, state.seen + positions)

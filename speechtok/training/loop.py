@@ -144,7 +144,7 @@ def train(
         run.step, seen = state["step"], state["seconds"]
         run.history = [line for line in run.history if line["step"] <= run.step]
     if config.compile:
-        for block in bare.encoder.encoder["layers"].children():
+        for block in bare.encoder.blocks:
             block.compile(dynamic=False)
     started, first = time.perf_counter(), run.step
     sums: dict[str, Tensor] = {}

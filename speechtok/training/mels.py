@@ -1,7 +1,7 @@
 """Filter bank frames of a training corpus on disk: decoded once, read at random from then on.
 
-One flat float16 array of log mel frames (100 per second, 80 bins, see `kaldi_fbank`) and an index. An hour of sound takes
-58 MB, times the number of speeds.
+One flat float16 array of log mel frames (100 per second, 80 bins, see `kaldi_fbank`) and an index. An hour of sound
+takes 58 MB, times the number of speeds.
 """
 
 import json
@@ -99,11 +99,11 @@ class Mels:
         index = folder / "index.json"
         if index.exists():
             try:
-                known = json.loads(index.read_text())
+                found = json.loads(index.read_text())
             except ValueError as error:
                 raise FormatError(f"{index} is damaged ({error}); delete {folder}") from error
-            if known["identity"] == identity:
-                return cls._open(folder, known)
+            if found["identity"] == identity:
+                return cls._open(folder, found)
         folder.mkdir(parents=True, exist_ok=True)
         index.unlink(missing_ok=True)
         decoder = Decoder(listing.utterances, _GRID, _PIECE, threads=max(1, (os.cpu_count() or 2) - 1))

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,7 +94,7 @@ def pretrain(
     probe = None if aligned is None else PhoneProbe.read(aligned, encoder, mels, clusters=PROBED)
 
     def probed(trained: nn.Module) -> dict[str, float]:
-        return {} if probe is None else probe(trained.encoder)
+        return {} if probe is None else probe(cast(W2vBertObjective, trained).encoder)
 
     train(
         objective, chosen, mels, folder, noises=noises, held_out=watched, probe=probed, device=device, on_event=on_event

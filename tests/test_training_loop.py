@@ -1,0 +1,249 @@
+"""The training loop: resume, two processes, recipes, metrics, the command."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from speechtok.cli import app
+from typer.testing import CliRunner
+
+from speechtok.encoders import from_pretrained
+from speechtok.errors import CheckpointError, InputError, OutputError
+from speechtok.training.loop import learning_rate
+from speechtok.training.mels import Mels
+from speechtok.training.pretrain import pretrain
+from speechtok.training.recipe import OptimizerConfig, Recipe, named
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIPS = ROOT / "assets" / "clips"
+RECIPE = """kind = "w2v-bert"
+
+[model]
+hidden_size = 24
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 48
+conv_depthwise_kernel_size = 5
+normalization = "stored"
+attention_chunk = 8
+attention_past = 8
+
+[objective]
+contrastive_blocks = 1
+groups = 2
+codes = 8
+code_dim = 8
+target_groups = 2
+final_dim = 8
+distractors = 5
+
+[data]
+crop_seconds = [1.28]
+batch_seconds = 5.12
+
+[perturb]
+noise_probability = 0.0
+
+[run]
+steps = 6
+precision = "float32"
+log_every = 1
+evaluate_every = 3
+checkpoint_every = 3
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def lines(run: Path, split: str = "train") -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["split"] == split]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
+
+
+def test_a_run_writes_all_it_promises(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    encoder = pretrain(recipe, CLIPS, run, held_out=CLIPS)
+    assert encoder == run / "encoder"
+    assert {"config.json", "metrics.jsonl", "curves.png", "checkpoint.pt", "encoder", "mels"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(run, "held out")] == [3, 6]
+    for line in lines(run):
+        assert line["hours"] == pytest.approx(line["step"] * 5.12 / 3600)
+    loaded = from_pretrained(encoder, 1)
+    assert loaded.context is not None
+    assert loaded.layer == 1
+    assert loaded(torch.zeros(1, 16000)).features.shape == (1, 49, 24)
+    # The stored statistics are those of the training sound.
+    mels = Mels.build(CLIPS, run / "mels" / "train")
+    assert torch.allclose(loaded.feature_mean, torch.from_numpy(mels.mean).bfloat16().float())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(recipe: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    pretrain(recipe, CLIPS, whole)
+
+    class Killed(Exception):
+        pass
+
+    def kill(event) -> None:
+        if event.stage == "train" and event.done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pretrain(recipe, CLIPS, broken, on_event=kill)
+    assert len(lines(broken)) == 5  # two of them after the checkpoint of step 3
+    pretrain(recipe, CLIPS, broken)
+    assert losses(broken) == losses(whole)
+    assert [line["step"] for line in lines(broken)] == [1, 2, 3, 4, 5, 6]
+    one, two = (torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (whole, broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_two_processes_see_the_batch_of_one(recipe: Path, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    pretrain(recipe, CLIPS, alone)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c"]
+    code = (
+        "from pathlib import Path; from speechtok.training.pretrain import pretrain; "
+        f"pretrain({str(recipe)!r}, {str(CLIPS)!r}, Path({str(together)!r}))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, *command, code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    one, two = (torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (alone, together))
+    worst = max(float((one[name].float() - two[name].float()).abs().max()) for name in one)
+    assert worst < 1e-3
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(recipe: Path, tmp_path: Path) -> None:
+    # Without the diversity loss, whose mean over a batch is not a sum over its parts.
+    off = {"objective.diversity_weight": 0.0}
+    one, two = tmp_path / "one", tmp_path / "two"
+    pretrain(recipe, CLIPS, one, changes=off)
+    pretrain(recipe, CLIPS, two, changes={**off, "run.accumulate": 2})
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_a_folder_of_another_recipe_is_refused(recipe: Path, tmp_path: Path) -> None:
+    pretrain(recipe, CLIPS, tmp_path / "run", changes={"run.steps": 1})
+    with pytest.raises(OutputError, match="another recipe"):
+        pretrain(recipe, CLIPS, tmp_path / "run", changes={"run.steps": 2})
+
+
+def test_training_can_begin_with_given_weights(recipe: Path, tmp_path: Path) -> None:
+    first = pretrain(recipe, CLIPS, tmp_path / "first")
+    frozen = {"optimizer.learning_rate": 1e-12, "run.steps": 1}
+    second = pretrain(recipe, CLIPS, tmp_path / "second", init=first, changes=frozen)
+    one, two = from_pretrained(first).state_dict(), from_pretrained(second).state_dict()
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    with pytest.raises(InputError, match="another kind or size"):
+        pretrain(recipe, CLIPS, tmp_path / "third", init=first, changes={"model.intermediate_size": 32})
+
+
+def test_noise_and_its_probability_go_together(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="noise"):
+        pretrain(recipe, CLIPS, tmp_path / "run", noise=CLIPS)
+    run = tmp_path / "noisy"
+    pretrain(recipe, CLIPS, run, noise=CLIPS, changes={"perturb.noise_probability": 1.0, "run.steps": 1})
+    assert len(losses(run)) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lower the learning rate"):
+        pretrain(recipe, CLIPS, tmp_path / "run", changes={"optimizer.learning_rate": 1e30, "optimizer.clip": 1e30})
+
+
+# ---- schedule, recipes, mels
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup=0.1, final=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.1, abs=2e-3)
+    linear = OptimizerConfig(learning_rate=1.0, warmup=0.1, final=0.0, schedule="linear")
+    assert learning_rate(linear, 55, 100) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", sorted(named()))
+def test_shipped_recipes_are_valid(name: str) -> None:
+    kind = next(line for line in named()[name].read_text().splitlines() if line.startswith("kind")).split('"')[1]
+    recipe = Recipe.read(name, kind)
+    assert recipe.run.steps > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"run.speed": 3}, "no field 'speed'"),
+        ({"run.steps": "many"}, "steps is 'many'; give int"),
+        ({"run.precision": "int8"}, "precision"),
+        ({"data.crop_seconds": 3.0}, "give a list"),
+        ({"nonsense.field": 1}, "unknown section 'nonsense'"),
+        ({"optimizer.schedule": "zigzag"}, "zigzag"),
+        ({"model.hidden_size": 25}, "multiple of num_attention_heads"),
+        ({"model.width": 25}, "no field 'width'"),
+        ({"objective.contrastive_blocks": 9}, "contrastive_blocks"),
+        ({"data.speeds": [0.0]}, "speeds"),
+    ],
+)
+def test_wrong_recipes_are_refused_by_name(recipe: Path, tmp_path: Path, change: dict, words: str) -> None:
+    with pytest.raises((InputError, CheckpointError), match=words):
+        pretrain(recipe, CLIPS, tmp_path / "run", changes=change)
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no recipe"):
+        Recipe.read("nonsense", "w2v-bert")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("kind = ")
+    with pytest.raises(InputError, match=r"bad\.toml"):
+        Recipe.read(bad, "w2v-bert")
+    bad.write_text('kind = "other"')
+    with pytest.raises(InputError, match="no recipe for w2v-bert"):
+        Recipe.read(bad, "w2v-bert")
+
+
+def test_mels_are_kept_and_speeds_shorten(tmp_path: Path) -> None:
+    first = Mels.build(CLIPS, tmp_path / "mels", (1.0, 1.25))
+    written = (tmp_path / "mels" / "frames.f16").stat().st_mtime_ns
+    second = Mels.build(CLIPS, tmp_path / "mels", (1.0, 1.25))
+    assert (tmp_path / "mels" / "frames.f16").stat().st_mtime_ns == written
+    assert (first.lengths == second.lengths).all()
+    assert first.lengths[1] == pytest.approx(first.lengths[0] / 1.25, abs=4)
+    assert abs(first.frames.astype(float).mean() - first.mean.mean()) < 1e-3
+    third = Mels.build(CLIPS, tmp_path / "mels", (1.0,))  # another set of speeds is made anew
+    assert len(third.lengths) == len(first.lengths) // 2
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.wav").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="no usable sound"):
+        Mels.build(tmp_path / "empty", tmp_path / "other")
+
+
+def test_the_command(recipe: Path, tmp_path: Path) -> None:
+    run = CliRunner()
+    arguments = ["train", "w2v-bert", "--recipe", str(recipe), "--data", str(CLIPS), "-o", str(tmp_path / "run")]
+    done = run.invoke(app, [*arguments, "--set", "run.steps=2", "--log", "plain"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "encoder" / "encoder.json").exists()
+    assert "training: 2 of 2" in done.output
+    assert run.invoke(app, [*arguments, "--set", "steps"]).exit_code == 1
