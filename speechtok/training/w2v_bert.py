@@ -5,7 +5,8 @@ predict its code. `W2vBertObjectiveConfig` holds the form of 2021 (one codebook)
 and masked prediction of random-projection codes, Barrault et al. 2023, section 3.1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from speechtok.audio.perturb import PerturbConfig, draw, fit_noise, perturb
 from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
 from speechtok.errors import InputError
 from speechtok.nn.product_quantizer import GumbelQuantizer, RandomProjectionQuantizer, gumbel_noise, perplexity
-from speechtok.nn.sigma_reparam import apply_sigma_reparam, fold_sigma_reparam
+from speechtok.nn.sigma_reparam import apply_sigma_reparam, attention_entropy, fold_sigma_reparam
 from speechtok.training.distributed import sum_over_processes
 from speechtok.training.masking import draw_distractors, draw_mask
 from speechtok.training.mels import Mels
@@ -256,7 +257,8 @@ class W2vBertObjective(nn.Module):
         clean = features if batch["heard"] is batch["clean"] else encoder.inputs(batch["clean"], batch["lengths"])[0]
         mask, where, hidden = batch["mask"], batch["where"], batch["hidden"]
         fill = batch["fill"] if config.mask_fill == "noise" else self.mask_vector
-        states = list(encoder.walk(features, counts, self._hide(mask, fill), self._key_bias(mask)))
+        with self._attention_entropies() as entropies:
+            states = list(encoder.walk(features, counts, self._hide(mask, fill), self._key_bias(mask)))
         context, answers = _pick(states[config.contrastive_blocks], where), _pick(states[-1], where)
         # Losses are computed in float32 whatever the blocks compute in.
         with torch.autocast(features.device.type, enabled=False):
@@ -268,6 +270,8 @@ class W2vBertObjective(nn.Module):
             sums = {"contrastive": contrastive[hidden].sum(), "diversity": self._diversity(probabilities, hidden)}
             figures = {"hidden": hidden.sum(), "contrastive_right": right[hidden].sum()}
             figures["histogram"] = F.one_hot(ids[hidden], config.codes).sum(0)
+            for name, values in entropies.items():
+                figures[name] = torch.stack(values).mean() * hidden.sum()
             if config.masked_weight > 0:
                 scores = self.predict_code(answers.float()).unflatten(-1, (config.target_groups, config.codes))
                 # The codes are targets here: nothing of this loss may reach the quantizer.
@@ -291,6 +295,23 @@ class W2vBertObjective(nn.Module):
         }
         loss = torch.stack([weights[name] * value for name, value in sums.items()]).sum() / weight
         return loss, {name: value.detach() for name, value in {**sums, **figures}.items()}
+
+    @contextmanager
+    def _attention_entropies(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Give lists that a pass fills with the attention entropy (nats) of every block; nothing while training.
+
+        Falling towards 0 beside spikes of the loss, it tells of collapsing attention (Zhai et al. 2023, section 3).
+        """
+        entropies: dict[str, list[Tensor]] = {}
+        watched = [] if self.training else self.encoder.blocks
+        for layer, block in enumerate(watched, 1):
+            values = entropies.setdefault(f"attention_entropy_layer{layer}", [])
+            block.self_attn.observer = lambda p, into=values: into.append(attention_entropy(p).mean())
+        try:
+            yield entropies
+        finally:
+            for block in watched:
+                block.self_attn.observer = None
 
     def _diversity(self, probabilities: Tensor, hidden: Tensor) -> Tensor:
         """Share of the codebook entries that lie idle, from probabilities [B, M, G, V], times the hidden frames."""

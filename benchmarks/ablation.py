@@ -1,0 +1,91 @@
+"""Compare variations of a training recipe at one equal, short budget: held-out loss, and steps to the baseline's loss.
+
+Every row is the same recipe, data order and number of steps with other values, for example
+
+    --row "recalibration: objective.recalibration=2.0" --row "sigmaReparam: objective.sigma_reparam=true"
+
+The first row is the recipe itself. Reported per row and seed: the held-out loss over the steps, the first step at which
+it was as low as the baseline's at 25, 50, 75 and 100 % of its fall, and at the end phone information of the best layer,
+the lowest attention entropy and the largest gradient norm.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from speechtok.benchmarks.runner import machine, parser, write
+from speechtok.cli.train import changes
+
+from speechtok.training.pretrain import KIND, pretrain
+from speechtok.training.recipe import Recipe
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+def main() -> None:
+    """Run and report."""
+    options = parser(__doc__)
+    options.add_argument("--recipe", default="w2vbert-mini-cpu")
+    options.add_argument("--data", type=Path, default=Path("../shared/data/speech"))
+    options.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    options.add_argument("--row", action="append", default=[], help="NAME: SECTION.FIELD=VALUE, ...")
+    options.add_argument("--steps", type=int, default=600)
+    options.add_argument("--every", type=int, default=50)
+    options.add_argument("--seeds", type=int, default=1)
+    options.add_argument("--loss", default="contrastive", help="held-out figure that is compared")
+    chosen = options.parse_args()
+    budget = {"run.steps": chosen.steps, "run.evaluate_every": chosen.every, "run.checkpoint_every": chosen.steps}
+    rows = {"recipe": ""} | {name.strip(): values for name, _, values in (row.partition(":") for row in chosen.row)}
+    result: dict[str, Any] = {
+        "recipe": Recipe.read(chosen.recipe, KIND, budget).as_dict(),
+        "loss": chosen.loss,
+        "rows": {},
+        "machine": machine(),
+    }
+    baselines: dict[int, list[tuple[int, float]]] = {}
+    for name, values in rows.items():
+        other = changes([part.strip() for part in values.split(",") if part.strip()])
+        runs = []
+        for seed in range(chosen.seeds):
+            curve, figures = _run(chosen, name, {**budget, **other, "run.seed": seed})
+            baseline = baselines.setdefault(seed, curve)
+            runs.append({"seed": seed, "curve": curve, "steps_to": _steps_to(curve, baseline), **figures})
+        ends = [run["curve"][-1][1] for run in runs]
+        result["rows"][name] = {"changes": other, "end": statistics.mean(ends), "runs": runs}
+    write(chosen.json, result)
+
+
+def _run(chosen: Any, name: str, values: dict[str, Any]) -> tuple[list[tuple[int, float]], dict[str, float]]:
+    """Train one row: held-out loss over the steps, and figures at the end."""
+    folder = chosen.runs / f"{name.replace(' ', '-')}-{values['run.seed']}"
+    data, watched = chosen.data / "train", chosen.data / "dev"
+    pretrain(chosen.recipe, data, folder, held_out=watched, aligned=watched, changes=values)
+    history = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in history]
+    held_out, training = ([line for line in lines if line["split"] == split] for split in ("held out", "train"))
+    curve = [(line["step"], line[chosen.loss]) for line in held_out]
+    last = held_out[-1]
+    return curve, {
+        "pnmi_k500": max(value for key, value in last.items() if key.startswith("pnmi_k500_layer")),
+        "masked_accuracy": last.get("masked_accuracy", 0.0),
+        "code_perplexity": last["code_perplexity"],
+        "lowest_attention_entropy": min(
+            value for line in held_out for key, value in line.items() if key.startswith("attention_entropy")
+        ),
+        "largest_gradient_norm": max(line["gradient_norm"] for line in training),
+        "steps_per_second": training[-1]["steps_per_second"],
+    }
+
+
+def _steps_to(curve: list[tuple[int, float]], baseline: list[tuple[int, float]]) -> dict[str, int | None]:
+    """First step at which a curve is as low as the baseline was after a share of its whole fall."""
+    start, end = baseline[0][1], baseline[-1][1]
+    targets = {f"{share:.0%}": start + share * (end - start) for share in SHARES}
+    return {
+        share: next((step for step, value in curve if value <= target), None) for share, target in targets.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
