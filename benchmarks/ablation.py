@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from speechtok.benchmarks.runner import machine, parser, write
-from speechtok.cli.train import changes
 
 from speechtok.training.pretrain import KIND, pretrain
-from speechtok.training.recipe import Recipe
+from speechtok.training.recipe import Recipe, parse_changes
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -35,25 +34,21 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--loss", default="contrastive", help="held-out figure that is compared")
     chosen = options.parse_args()
-    budget = {"run.steps": chosen.steps, "run.evaluate_every": chosen.every, "run.checkpoint_every": chosen.steps}
+    budget: dict[str, Any] = {"run.steps": chosen.steps, "run.evaluate_every": chosen.every, "run.checkpoint_every": chosen.steps}
     rows = {"recipe": ""} | {name.strip(): values for name, _, values in (row.partition(":") for row in chosen.row)}
-    result: dict[str, Any] = {
-        "recipe": Recipe.read(chosen.recipe, KIND, budget).as_dict(),
-        "loss": chosen.loss,
-        "rows": {},
-        "machine": machine(),
-    }
+    table: dict[str, Any] = {}
     baselines: dict[int, list[tuple[int, float]]] = {}
     for name, values in rows.items():
-        other = changes([part.strip() for part in values.split(",") if part.strip()])
+        other = parse_changes([part.strip() for part in values.split(",") if part.strip()])
         runs = []
         for seed in range(chosen.seeds):
             curve, figures = _run(chosen, name, {**budget, **other, "run.seed": seed})
             baseline = baselines.setdefault(seed, curve)
             runs.append({"seed": seed, "curve": curve, "steps_to": _steps_to(curve, baseline), **figures})
         ends = [run["curve"][-1][1] for run in runs]
-        result["rows"][name] = {"changes": other, "end": statistics.mean(ends), "runs": runs}
-    write(chosen.json, result)
+        table[name] = {"changes": other, "end": statistics.mean(ends), "runs": runs}
+    recipe = Recipe.read(chosen.recipe, KIND, budget).as_dict()
+    write(chosen.json, {"recipe": recipe, "loss": chosen.loss, "rows": table, "machine": machine()})
 
 
 def _run(chosen: Any, name: str, values: dict[str, Any]) -> tuple[list[tuple[int, float]], dict[str, float]]:

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,11 +44,12 @@ def w2v_bert(
     Under torchrun, every process takes its share of each batch.
     """
     from speechtok.training.pretrain import pretrain
+    from speechtok.training.recipe import parse_changes
 
     with progress(log) as tell:
         folder = pretrain(
-            recipe, data, out, held_out=held_out, aligned=aligned, noise=noise, init=init, changes=changes(change),
-            device=device, on_event=tell,
+            recipe, data, out, held_out=held_out, aligned=aligned, noise=noise, init=init,
+            changes=parse_changes(change), device=device, on_event=tell,
         )  # fmt: skip
     typer.echo(str(folder))
 
@@ -123,29 +124,12 @@ def distill(
 
     The teacher's frames are computed first and kept in the run's folder.
     """
+    from speechtok.training.recipe import parse_changes
     from speechtok.training.student import distill as run
 
     with progress(log) as tell:
         folder = run(
             recipe, teacher, data, out, layer=teacher_layer, held_out=held_out, aligned=aligned, noise=noise,
-            changes=changes(change), device=device, on_event=tell,
+            changes=parse_changes(change), device=device, on_event=tell,
         )  # fmt: skip
     typer.echo(str(folder))
-
-
-def changes(values: list[str] | None) -> dict[str, Any]:
-    """Values of ``--set``, read as TOML."""
-    import tomllib
-
-    from speechtok.errors import InputError
-
-    result: dict[str, Any] = {}
-    for value in values or []:
-        place, sign, text = value.partition("=")
-        try:
-            result[place.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"--set {value!r}: write SECTION.FIELD=VALUE, strings in quotes ({error})") from error
-        if not sign or place.count(".") != 1:
-            raise InputError(f"--set {value!r}: write SECTION.FIELD=VALUE")
-    return result

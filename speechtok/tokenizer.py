@@ -317,6 +317,8 @@ class Tokenizer:
         self, window: Window, wave: NDArray[np.float32], ids: NDArray[np.int32], ties: NDArray[np.intp]
     ) -> NDArray[np.int32]:
         """Ids int32 [K, T] of a window's kept frames, the near-tied ones of them by their canonical decision."""
+        if not len(ties):
+            return ids
         grid, context = self.encoder.grid, self.encoder.context
         total = grid.num_frames(len(wave))
         spans: dict[tuple[int, int], list[int]] = {}  # the frames of a chunk depend on the same samples

@@ -166,22 +166,22 @@ def test_states_of_other_streams_are_refused(tokenizer, chunked, bidirectional):
         chunked.streams().restore("x", ended.state())
 
 
-@pytest.mark.parametrize("rate", [16000, 48000])
-def test_state_does_not_grow(tokenizer, chunked, rate):
+@pytest.mark.parametrize(("which", "rate"), [("tokenizer", 48000), ("chunked", 16000)])
+def test_state_does_not_grow(request, which, rate):
     """After one minute and after ten; the state is also what keeps memory alive."""
+    each = request.getfixturevalue(which)
     noise = np.random.default_rng(0).standard_normal(rate * 5).astype(np.float32) * 0.1
-    for each in (tokenizer, chunked):
-        sizes = {}
-        with each.stream(rate) as stream:
-            for turn in range(120):
-                assert len(stream.push(noise)) > 200
-                if turn + 1 in (12, 120):
-                    sizes[turn + 1] = held(stream._state), len(pickle.dumps(stream.state()))
-        context, grid = each.encoder.context, each.encoder.grid
-        chunk = 4 * (context.chunk + 1) * grid.hop  # how much of the next chunk is there changes from push to push
-        for early, late in zip(sizes[12], sizes[120], strict=True):
-            assert abs(late - early) <= chunk + 64
-        assert sizes[120][0] < 4 * grid.num_samples(context.left + 2 * context.chunk + context.right) + 300_000
+    sizes = {}
+    with each.stream(rate) as stream:
+        for turn in range(1, 121):
+            assert len(stream.push(noise)) > 200
+            if turn in (12, 120):
+                sizes[turn] = held(stream._state), len(pickle.dumps(stream.state()))
+    context, grid = each.encoder.context, each.encoder.grid
+    chunk = 4 * (context.chunk + 1) * grid.hop  # how much of the next chunk is there changes from push to push
+    for early, late in zip(sizes[12], sizes[120], strict=True):
+        assert abs(late - early) <= chunk + 64
+    assert sizes[120][0] < 4 * grid.num_samples(context.left + 2 * context.chunk + context.right) + 150_000
 
 
 @pytest.mark.slow

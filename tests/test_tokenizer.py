@@ -23,6 +23,8 @@ from speechtok.quantizers.kmeans import KMeans
 from speechtok.registry import DEFAULT, PUBLISHED, describe_all, fetch, resolve, shipped
 from speechtok.tokenizer import Tokenizer
 
+from .conftest import chunked_tokenizer
+
 
 def test_encode_path_array_stream_and_tensor_agree(tokenizer, clip, clip_wave):
     units = tokenizer.encode(clip)
@@ -52,8 +54,8 @@ def test_arrays_need_a_rate(tokenizer):
         tokenizer.encode(np.zeros(1000, np.float32))
 
 
-def test_save_and_load(tmp_path, tokenizer, bidirectional, clip):
-    for original in (tokenizer, bidirectional):
+def test_save_and_load(tmp_path, tokenizer, bidirectional, chunked, clip):
+    for original in (tokenizer, bidirectional, chunked):
         folder = original.save(tmp_path / original.name)
         again = Tokenizer.load(folder)
         assert again.fingerprint == original.fingerprint
@@ -61,6 +63,29 @@ def test_save_and_load(tmp_path, tokenizer, bidirectional, clip):
         assert again.window == original.window
         assert speechtok.load(folder).name == original.name
         original.save(folder)  # the same tokenizer may be saved again
+
+
+def test_weights_that_are_bfloat16_take_half_the_space(tmp_path, clip_wave, clip):
+    rounded = chunked_tokenizer(clip_wave)
+    full = rounded.save(tmp_path / "full")
+    with torch.no_grad():
+        for parameter in rounded.encoder.parameters():
+            parameter.copy_(parameter.bfloat16())
+    rounded = Tokenizer(rounded.encoder, rounded.quantizer, name="rounded")
+    folder = rounded.save(tmp_path / "rounded")
+    sizes = [(path / "encoder.safetensors").stat().st_size for path in (full, folder)]
+    assert 1.9 < sizes[0] / sizes[1] < 2.0
+    stored = load_file(folder / "encoder.safetensors")
+    assert stored["feature_projection.projection.weight"].dtype == torch.bfloat16
+    assert stored["feature_mean"].dtype == torch.float32, "what would lose something is left as it is"
+    again = Tokenizer.load(folder)
+    assert again.fingerprint == rounded.fingerprint
+    for part in ("encoder", "quantizer"):
+        tensors = getattr(again, part).state_dict()
+        for name, tensor in getattr(rounded, part).state_dict().items():
+            assert tensors[name].dtype == tensor.dtype == torch.float32
+            assert torch.equal(tensors[name], tensor)
+    assert again.encode(clip) == rounded.encode(clip)
 
 
 def test_the_fingerprint_sees_everything_that_decides_units(bidirectional):

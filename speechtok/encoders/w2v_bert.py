@@ -65,8 +65,8 @@ class W2vBertConfig:
         also the last one of a chunk (chunked attention only).
     smoothing : int
         The last layer's frames are means of so many block outputs around them (chunked attention only), an odd
-        number of at most ``2 * look_ahead + 1``; 1: none; not for layer 0. Adds ``smoothing // 2`` frames to the look-ahead. Frame by frame, clusters of
-        smoothed frames flicker less and tell more about phones.
+        number of at most ``2 * look_ahead + 1``; 1: none; not for layer 0. Adds ``smoothing // 2`` frames to the
+        look-ahead. Frame by frame, clusters of smoothed frames flicker less and tell more about phones.
 
     Raises
     ------

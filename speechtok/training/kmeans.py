@@ -112,7 +112,7 @@ def fit(
     listing = scan(source)
     sample = FrameSample(sample_frames, encoder.dim, seed)
     # One decode thread: files keep their order, batches are the same in every run, and so is the result, to the bit.
-    decoder = Decoder(listing.utterances, encoder.grid, window, threads=1)
+    decoder = Decoder(listing.utterances, encoder.grid, window, threads=1, context=encoder.context)
     place = usable_device(device)
     encoder = encoder.to(place).eval()
     with torch.inference_mode():

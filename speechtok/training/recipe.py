@@ -1,7 +1,7 @@
 """Recipes: everything that decides a training run, read from TOML and held to account."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from speechtok.audio.perturb import PerturbConfig
 from speechtok.errors import InputError
 
-__all__ = ["DataConfig", "OptimizerConfig", "Recipe", "RunConfig", "named", "section"]
+__all__ = ["DataConfig", "OptimizerConfig", "Recipe", "RunConfig", "named", "parse_changes", "section"]
 
 T = TypeVar("T")
 
@@ -188,6 +188,20 @@ def named() -> dict[str, Path]:
     """Recipes that come with the package: name -> file."""
     root = Path(str(files("speechtok.training"))) / "recipes"
     return {path.stem: path for path in sorted(root.glob("*.toml"))}
+
+
+def parse_changes(values: Sequence[str] | None) -> dict[str, Any]:
+    """Values for `Recipe.read` from texts like ``run.steps=100``, read as TOML; InputError where one is none."""
+    result: dict[str, Any] = {}
+    for value in values or []:
+        place, sign, text = value.partition("=")
+        try:
+            result[place.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{value!r}: write SECTION.FIELD=VALUE, strings in quotes ({error})") from error
+        if not sign or place.count(".") != 1:
+            raise InputError(f"{value!r}: write SECTION.FIELD=VALUE")
+    return result
 
 
 def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
