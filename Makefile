@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
-# Where `make models` finds training data.
+# Where `make models` finds training data, and which size of encoder it trains: cpu or gpu.
 DATA ?= ../shared/data
+SIZE ?= cpu
 BIN := $(VENV)/bin
 # The pinned CPU build of torch satisfies every dependency; GPU users install another torch first (see README).
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -11,6 +12,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-train: $(VENV)/.installed
+	$(PIP) --editable '.[train]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -29,9 +34,9 @@ lint: $(VENV)/.installed-dev
 test: lint
 	$(BIN)/pytest -m "not slow" --cov --cov-report=term
 
-models: $(VENV)/.installed
-	rm -f assets/mfcc-k100/tokenizer.json
-	$(BIN)/speechtok fit $(DATA)/speech/train --out assets/mfcc-k100 --clusters 100 --licence Apache-2.0
+# ENCODER=RUN/encoder takes an encoder that was trained elsewhere; the rest follows.
+models: $(VENV)/.installed-train
+	$(BIN)/speechtok train models --data $(DATA) --size $(SIZE) $(if $(ENCODER),--encoder $(ENCODER))
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m speechtok.benchmarks.equivalence --data $(DATA)/speech/eval --json benchmarks/results/equivalence.json

@@ -34,13 +34,14 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--loss", default="contrastive", help="held-out figure that is compared")
     chosen = options.parse_args()
-    budget: dict[str, Any] = {"run.steps": chosen.steps, "run.evaluate_every": chosen.every, "run.checkpoint_every": chosen.steps}
+    budget: dict[str, Any] = {"run.steps": chosen.steps, "run.evaluate_every": chosen.every}
+    budget["run.checkpoint_every"] = chosen.steps
     rows = {"recipe": ""} | {name.strip(): values for name, _, values in (row.partition(":") for row in chosen.row)}
     table: dict[str, Any] = {}
     baselines: dict[int, list[tuple[int, float]]] = {}
     for name, values in rows.items():
         other = parse_changes([part.strip() for part in values.split(",") if part.strip()])
-        runs = []
+        runs: list[dict[str, Any]] = []
         for seed in range(chosen.seeds):
             curve, figures = _run(chosen, name, {**budget, **other, "run.seed": seed})
             baseline = baselines.setdefault(seed, curve)

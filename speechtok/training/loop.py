@@ -142,7 +142,7 @@ def train(
         bare.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         run.step, seen = state["step"], state["seconds"]
-        run.history = [line for line in run.history if line["step"] <= run.step]
+    run.history = [line for line in run.history if line["step"] <= run.step]
     if config.compile:
         for block in bare.encoder.blocks:
             block.compile(dynamic=False)
