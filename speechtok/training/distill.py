@@ -41,7 +41,7 @@ from speechtok.training.masking import draw_mask
 from speechtok.training.mels import Mels
 from speechtok.training.sampler import Crop
 from speechtok.training.teacher import TaughtMels
-from speechtok.training.w2v_bert import _perturbed
+from speechtok.training.w2v_bert import perturbed
 
 __all__ = ["DistillConfig", "DistillObjective", "make_student"]
 
@@ -173,7 +173,7 @@ class DistillObjective(nn.Module):
         lengths = torch.tensor([len(piece) for piece in pieces])
         generators = [crop.generator() for crop in crops]
         if training and self.perturb_config is not None:
-            heard = _perturbed(heard, lengths, generators, self.perturb_config, noises)
+            heard = perturbed(heard, lengths, generators, self.perturb_config, noises)
         counts = self.encoder.sampled_lengths(lengths).tolist()
         total = width // stack
         target = torch.zeros(len(crops), total, len(self.mean))

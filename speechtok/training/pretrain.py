@@ -13,6 +13,7 @@ from speechtok.encoders.pretrained import from_pretrained
 from speechtok.encoders.saved import save_encoder
 from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
 from speechtok.errors import InputError
+from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
 from speechtok.training.mels import Mels
 from speechtok.training.probe import PhoneProbe
@@ -76,9 +77,10 @@ def pretrain(
     if chosen.perturb is not None and (chosen.perturb.noise_probability > 0) != (noise is not None):
         raise InputError("[perturb] noise_probability and noise go together: give both or none")
     cache = folder / "mels"
-    mels = Mels.build(data, cache / "train", chosen.data.speeds, on_event)
-    watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
-    noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
+    with one_at_a_time(cache):
+        mels = Mels.build(data, cache / "train", chosen.data.speeds, on_event)
+        watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
+        noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
     torch.manual_seed(chosen.run.seed)
     objective = W2vBertObjective(
         section(W2vBertConfig, chosen.model, "model"),

@@ -15,12 +15,13 @@ from speechtok.encoders.saved import save_encoder
 from speechtok.encoders.w2v_bert import W2vBertConfig
 from speechtok.errors import InputError
 from speechtok.training.distill import DistillConfig, DistillObjective, make_student
+from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
 from speechtok.training.mels import Mels
 from speechtok.training.pretrain import PROBED
 from speechtok.training.probe import PhoneProbe
 from speechtok.training.recipe import Recipe, section
-from speechtok.training.teacher import TaughtMels, TeacherFrames, one_at_a_time
+from speechtok.training.teacher import TaughtMels, TeacherFrames
 
 __all__ = ["distill"]
 

@@ -5,12 +5,10 @@ for each dimension: 369 MB for w2v-BERT 2.0. The teacher reads whole items (piec
 neither masked nor perturbed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +27,7 @@ from speechtok.frames import FrameGrid, WindowRule
 from speechtok.tokenizer import usable_device
 from speechtok.training.mels import RATE, Mels
 
-__all__ = ["TaughtMels", "TeacherFrames", "frames_holding", "one_at_a_time"]
+__all__ = ["TaughtMels", "TeacherFrames", "frames_holding"]
 
 FRAMES, JOURNAL, IDENTITY, INDEX = "frames.f16", "pieces.jsonl", "teacher.json", "index.json"
 _MEL_RATE = 16000  # of the waves that `Mels` reads (Hz)
@@ -47,18 +45,6 @@ def frames_holding(frames: NDArray[np.int64], grid: FrameGrid, other: FrameGrid)
     centre = 2 * grid.offset + (2 * frames + 1) * grid.hop  # in half samples at the grid's rate
     offset, hop = 2 * other.offset, 2 * other.hop
     return (centre * other.sample_rate - offset * grid.sample_rate) // (hop * grid.sample_rate)
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let the processes of a run do something in its folder one after the other; the system frees a dead one's lock.
-
-    The first process computes, the others find what it left.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from speechtok.training.masking import draw_distractors, draw_mask
 from speechtok.training.mels import Mels
 from speechtok.training.sampler import Crop
 
-__all__ = ["W2vBertObjective", "W2vBertObjectiveConfig"]
+__all__ = ["W2vBertObjective", "W2vBertObjectiveConfig", "perturbed"]
 
 IDLE = 1 / 3  # share of the codes that the perplexity must reach
 
@@ -191,7 +191,7 @@ class W2vBertObjective(nn.Module):
         generators = [crop.generator() for crop in crops]
         heard = clean
         if training and self.perturb_config is not None:
-            heard = _perturbed(clean, lengths, generators, self.perturb_config, noises)
+            heard = perturbed(clean, lengths, generators, self.perturb_config, noises)
         counts = self.encoder.sampled_lengths(lengths)
         total = int(self.encoder.sampled_lengths(torch.tensor([width])))
         masks = [
@@ -401,13 +401,14 @@ def _cross_entropy(scores: Tensor, ids: Tensor, hidden: Tensor) -> tuple[Tensor,
     return loss / scores.shape[2], right
 
 
-def _perturbed(
+def perturbed(
     clean: Tensor,
     lengths: Tensor,
     generators: Sequence[np.random.Generator],
     config: PerturbConfig,
     noises: Mels | None,
 ) -> Tensor:
+    """Perturb each row with draws from its own generator: log mel frames float32 [B, T', 80], lengths int64 [B]."""
     parameters = [draw(generator, config) for generator in generators]
     noise = None
     if noises is not None:
