@@ -38,10 +38,10 @@ test: lint
 models: $(VENV)/.installed-train
 	$(BIN)/speechtok train models --data $(DATA) --size $(SIZE) $(if $(ENCODER),--encoder $(ENCODER))
 
+# Tables of the shipped tokenizers (evaluate units, evaluate abx) are refreshed by `make models`.
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m speechtok.benchmarks.equivalence --data $(DATA)/speech/eval --json benchmarks/results/equivalence.json
-	$(BIN)/speechtok evaluate units $(DATA)/speech/eval --augment-data $(DATA) --json benchmarks/results/units_mfcc-k100.json
-	$(BIN)/speechtok evaluate abx $(DATA)/speech/eval --json benchmarks/results/abx_mfcc-k100.json
+	$(BIN)/python -m speechtok.benchmarks.streaming --data $(DATA)/speech/eval --json benchmarks/results/streaming.json
 	$(BIN)/python -m speechtok.benchmarks.early_exit --repeats 7 --json benchmarks/results/early_exit.json
 
 clean:

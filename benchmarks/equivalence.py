@@ -68,6 +68,7 @@ def main() -> None:
     chosen = options.parse_args()
     cases: dict[str, tuple[Callable[[list[Wave]], Tokenizer], int]] = {
         "mfcc-k100": (lambda waves: speechtok.load("mfcc-k100"), 200),
+        "w2vbert-mini": (lambda waves: speechtok.load("w2vbert-mini"), 200),
         "HuBERT-base, layer 9": (random("hubert", 9), 200),
         "WavLM-base, layer 9": (random("wavlm", 9), 40),
         "w2v-BERT 2.0, layer 17": (random("w2v_bert", 17), 16),

@@ -23,7 +23,7 @@ TokenizerName = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
 
-DEFAULT_TOKENIZER = "mfcc-k100"
+DEFAULT_TOKENIZER = "w2vbert-mini"
 
 
 class LogMode(StrEnum):

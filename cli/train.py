@@ -19,7 +19,7 @@ HeldOut = Annotated[str | None, typer.Option(help="Sound on which the loss is wa
 Aligned = Annotated[
     Path | None, typer.Option(help="Folder with alignments.jsonl: phone information of every layer is watched.")
 ]
-Noise = Annotated[str | None, typer.Option(help="Sound that is mixed in; needs [perturb] noise_probability.")]
+Noise = Annotated[str | None, typer.Option(help="Sound that is mixed in; needs \\[perturb] noise_probability.")]
 Change = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Another value than the recipe's.")
 ]

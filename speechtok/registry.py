@@ -18,7 +18,7 @@ from speechtok.errors import CheckpointError, UnknownNameError
 
 __all__ = ["DEFAULT", "PUBLISHED", "Published", "cache_folder", "cached_file", "fetch", "resolve", "shipped"]
 
-DEFAULT = "mfcc-k100"
+DEFAULT = "w2vbert-mini"
 
 
 @dataclass(frozen=True)

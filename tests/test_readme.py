@@ -31,5 +31,19 @@ def test_commands_and_options_exist():
     assert used == commands | groups - {"train models"}
 
 
+def test_no_placeholder_is_left():
+    assert "@@" not in README
+
+
+def test_the_default_is_stated_once():
+    """The command line has its own copy only to stay light."""
+    from speechtok.cli.common import DEFAULT_TOKENIZER
+
+    from speechtok.registry import DEFAULT
+
+    assert DEFAULT_TOKENIZER == DEFAULT
+    assert f'speechtok.load("{DEFAULT}")' in README
+
+
 def test_the_two_commands_come_first():
     assert re.search(r"\n    make demo\n    make test\n", README[:1200])

@@ -95,8 +95,8 @@ def test_a_run_writes_all_it_promises(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(recipe: Path, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    pretrain(recipe, CLIPS, whole)
+    whole, broken, dropout = tmp_path / "whole", tmp_path / "broken", {"objective.dropout": 0.2}
+    pretrain(recipe, CLIPS, whole, changes=dropout)
 
     class Killed(Exception):
         pass
@@ -106,9 +106,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe: Path, tmp_path: Path) ->
             raise Killed
 
     with pytest.raises(Killed):
-        pretrain(recipe, CLIPS, broken, on_event=kill)
+        pretrain(recipe, CLIPS, broken, changes=dropout, on_event=kill)
     assert len(lines(broken)) == 5  # two of them after the checkpoint of step 3
-    pretrain(recipe, CLIPS, broken)
+    pretrain(recipe, CLIPS, broken, changes=dropout)
     assert losses(broken) == losses(whole)
     assert [line["step"] for line in lines(broken)] == [1, 2, 3, 4, 5, 6]
     one, two = (torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (whole, broken))
@@ -166,8 +166,14 @@ def test_noise_and_its_probability_go_together(recipe: Path, tmp_path: Path) -> 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(recipe: Path, tmp_path: Path) -> None:
+    wild = {"optimizer.learning_rate": 1e30, "optimizer.clip": 1e30, "run.checkpoint_every": 1}
     with pytest.raises(InputError, match="lower the learning rate"):
-        pretrain(recipe, CLIPS, tmp_path / "run", changes={"optimizer.learning_rate": 1e30, "optimizer.clip": 1e30})
+        pretrain(recipe, CLIPS, tmp_path / "run", changes=wild)
+
+
+def test_a_device_that_is_not_there_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device 'foo'"):
+        pretrain(recipe, CLIPS, tmp_path / "run", device="foo")
 
 
 # ---- schedule, recipes, mels
@@ -204,6 +210,11 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         ({"model.width": 25}, "no field 'width'"),
         ({"objective.contrastive_blocks": 9}, "contrastive_blocks"),
         ({"data.speeds": [0.0]}, "speeds"),
+        ({"data.batch_seconds": -5.0}, "batch_seconds"),
+        ({"optimizer.learning_rate": -1.0}, "learning_rate"),
+        ({"optimizer.betas": [0.9]}, "give 2 values"),
+        ({"kind.x": 1}, "no section"),
+        ({"perturb.vtlp": -1.0}, r"tiny\.toml.*vtlp"),
     ],
 )
 def test_wrong_recipes_are_refused_by_name(recipe: Path, tmp_path: Path, change: dict, words: str) -> None:

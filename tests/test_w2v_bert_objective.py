@@ -121,11 +121,11 @@ def test_sampler_is_a_function_of_the_step() -> None:
 
 def test_sampler_fills_batches_with_crops_of_one_length() -> None:
     lengths = np.random.default_rng(0).integers(50, 2000, 300)
-    sampler = Sampler(lengths, (256, 512, 1024), 3072, 0, multiple=2)
+    sampler = Sampler(lengths, (256, 512, 1024), 3072, 0, least=3)
     for step in range(200):
         chosen = sampler(step)
         (length,) = {crop.length for crop in chosen}
-        assert len(chosen) == 3072 // length // 2 * 2
+        assert len(chosen) == 3072 // length
         assert len({crop.item for crop in chosen}) == len(chosen)
         for crop in chosen:
             bucket = max((c for c in (256, 512, 1024) if c <= lengths[crop.item]), default=256)
@@ -142,6 +142,8 @@ def test_sampler_draws_sound_in_proportion() -> None:
     assert abs(heard[1] / heard.sum() - 1500 / 1800) < 0.05
     with pytest.raises(InputError):
         Sampler(np.zeros(0, int), (256,), 100, 0)
+    with pytest.raises(InputError, match="fewer than the 4"):
+        Sampler(lengths, (256, 1024), 3072, 0, least=4)
 
 
 # ---- terms of the loss
@@ -311,6 +313,13 @@ def test_convolutional_sub_sampling_trains_at_25_frames() -> None:
         ({"mask_fill": "zero"}, "mask_fill"),
         ({"projection_weight": 1.0}, "projection_books"),
         ({"temperature": (0.0, 1.0)}, "temperature"),
+        ({"distractors": 0}, "distractors"),
+        ({"target_groups": 0}, "target_groups"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"mask_probability": 0.0}, "mask_probability"),
+        ({"contrastive_weight": 0.0, "masked_weight": 0.0}, "nothing would be learned"),
+        ({"sigma_reparam": True, "identity_init": True}, "choose one"),
+        ({"singularity_weight": 0.1, "mask_fill": "noise"}, "mask vector"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict, words: str) -> None:

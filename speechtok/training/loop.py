@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from speechtok.corpus.engine import Event
 from speechtok.errors import InputError, OutputError
+from speechtok.tokenizer import usable_device
 from speechtok.training.curves import draw_curves
 from speechtok.training.distributed import sum_over_processes
 from speechtok.training.mels import RATE, Mels
@@ -124,6 +126,7 @@ def train(
     OutputError
         If the folder holds another run.
     """
+    usable_device(device)
     accelerator = _accelerator(recipe.run.precision, device)
     world, rank = accelerator.num_processes, accelerator.process_index
     config, parts = recipe.run, recipe.run.accumulate
@@ -150,7 +153,8 @@ def train(
     sums: dict[str, Tensor] = {}
     for step in range(run.step, config.steps):
         model.train()
-        crops = sampler(step)[rank::world]
+        drawn = sampler(step)
+        crops = drawn[rank::world]
         batches = [
             {k: v.to(accelerator.device) for k, v in bare.collate(crops[i::parts], mels, noises, training=True).items()}
             for i in range(parts)
@@ -160,6 +164,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe.optimizer, step, config.steps)
         for index, batch in enumerate(batches):
+            # Dropout is the one draw that torch makes: it, too, must not depend on what came before.
+            torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank, index]).generate_state(1)[0]))
             with accelerator.no_sync(model) if index + 1 < parts else nullcontext():
                 loss, figures = model(batch, weight, step / config.steps)
                 # Gradients are averaged over processes, the shares of the loss are to be added.
@@ -167,10 +173,14 @@ def train(
             for name, value in {**figures, "loss": loss.detach() * weight}.items():
                 sums[name] = sums.get(name, 0) + value
         norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
+        # Before anything is changed or saved: a good checkpoint must not be lost to a broken step. With float16 the
+        # scaler skips such steps by itself.
+        if config.precision != "float16" and not bool(torch.isfinite(norm)):
+            raise InputError(f"{folder}: the gradient is not finite at step {step + 1}; lower the learning rate")
         optimizer.step()
         optimizer.zero_grad()
         run.step = step + 1
-        seen += sum(crop.length for crop in sampler(step)) / RATE
+        seen += sum(min(crop.length, int(mels.lengths[crop.item])) for crop in drawn) / RATE
         if run.step % config.log_every == 0 or run.step == config.steps:
             means = bare.summary({name: sum_over_processes(value.float()) for name, value in sums.items()})
             sums = {}
@@ -186,6 +196,7 @@ def train(
             if held_out is not None:
                 line |= _held_out(bare, held_out, recipe, accelerator)
             if probe is not None and accelerator.is_main_process:
+                bare.eval()
                 line |= probe(bare)
             line["alarms"] = bare.alarms(line) if held_out is not None else []
             _log(accelerator, run, line)
@@ -211,7 +222,7 @@ def _accelerator(precision: str, device: str) -> Any:
 
 def _sampler(recipe: Recipe, mels: Mels, multiple: int, *, seed: int = 0) -> Sampler:
     crops = tuple(round(seconds * RATE) for seconds in recipe.data.crop_seconds)
-    return Sampler(mels.lengths, crops, round(recipe.data.batch_seconds * RATE), recipe.run.seed + seed, multiple)
+    return Sampler(mels.lengths, crops, round(recipe.data.batch_seconds * RATE), recipe.run.seed + seed, least=multiple)
 
 
 def _groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]:

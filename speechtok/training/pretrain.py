@@ -1,5 +1,6 @@
 """Pre-train a w2v-BERT encoder from a recipe: read the sound, run the loop, write the encoder."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from speechtok.training.recipe import Recipe, section
 from speechtok.training.w2v_bert import W2vBertObjective, W2vBertObjectiveConfig
 
 __all__ = ["pretrain"]
+
+logger = logging.getLogger(__name__)
 
 KIND = "w2v-bert"
 PROBED = (100, 500)  # vocabularies of the phone probe
@@ -81,6 +84,9 @@ def pretrain(
         mels = Mels.build(data, cache / "train", chosen.data.speeds, on_event)
         watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
         noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
+    for what, heard in (("data", mels), ("held_out", watched), ("noise", noises)):
+        if heard is not None and heard.failed:
+            logger.warning("%s: %d files were left out; the first: %s", what, len(heard.failed), heard.failed[0])
     torch.manual_seed(chosen.run.seed)
     objective = W2vBertObjective(
         section(W2vBertConfig, chosen.model, "model"),

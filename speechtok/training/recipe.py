@@ -1,5 +1,6 @@
 """Recipes: everything that decides a training run, read from TOML and held to account."""
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from speechtok.audio.perturb import PerturbConfig
-from speechtok.errors import InputError
+from speechtok.errors import AudioError, InputError
 
 __all__ = ["DataConfig", "OptimizerConfig", "Recipe", "RunConfig", "named", "parse_changes", "section"]
 
@@ -32,6 +33,10 @@ class DataConfig:
     crop_seconds: tuple[float, ...] = (2.56, 5.12, 10.24)
     batch_seconds: float = 30.72
     speeds: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.batch_seconds < math.inf or not self.crop_seconds or min(self.crop_seconds) <= 0:
+            raise InputError("[data] batch_seconds and crop_seconds must be positive")
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):
             raise InputError(f"[optimizer] schedule {self.schedule!r}: known are cosine, linear and constant")
+        if not (0 < self.learning_rate < math.inf and self.clip > 0 and 0 <= self.warmup < 1 and 0 <= self.final <= 1):
+            raise InputError("[optimizer] learning_rate and clip must be positive, warmup and final shares of 1")
 
 
 @dataclass(frozen=True)
@@ -158,10 +165,9 @@ class Recipe:
             raise InputError(f"{path}: no readable TOML ({error})") from error
         for place, value in (changes or {}).items():
             part, _, key = place.rpartition(".")
-            if part:
-                table.setdefault(part, {})[key] = value
-            else:
-                table[key] = value
+            if not isinstance(table.setdefault(part, {}), dict):
+                raise InputError(f"{place}: {part} is no section of a recipe")
+            table[part][key] = value
         if table.pop("kind", None) != kind:
             raise InputError(f"{path}: is no recipe for {kind}; its first line must be: kind = {kind!r}")
         known = {"model", "objective", "data", "optimizer", "run", "perturb"}
@@ -180,7 +186,7 @@ class Recipe:
                 section(OptimizerConfig, table.get("optimizer", {}), "optimizer"),
                 section(PerturbConfig, table["perturb"], "perturb") if "perturb" in table else None,
             )
-        except InputError as error:
+        except (InputError, AudioError) as error:
             raise InputError(f"{path}: {error}") from error
 
 
@@ -218,9 +224,11 @@ def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
 
 def _typed(value: Any, wanted: Any, place: str) -> Any:
     if get_origin(wanted) is tuple:
-        inner = get_args(wanted)[0]
+        inner, *others = get_args(wanted)
         if not isinstance(value, list | tuple):
             raise InputError(f"{place} is {value!r}; give a list")
+        if others != [...] and len(value) != 1 + len(others):
+            raise InputError(f"{place} is {value!r}; give {1 + len(others)} values")
         return tuple(_typed(entry, inner, place) for entry in value)
     kinds = get_args(wanted) or (wanted,)
     if float in kinds and type(value) is int:

@@ -49,19 +49,20 @@ class Sampler:
     crops : sequence of int
         Crop lengths (frames), ascending.
     batch : int
-        Frames of a batch; every batch holds at least `multiple` crops.
+        Frames of a batch.
     seed : int
-    multiple : int
-        The number of crops is a multiple of this (processes times accumulated micro-batches).
+    least : int
+        Crops that every batch must hold (processes times accumulated micro-batches); they are dealt out as evenly as
+        they go.
 
     Raises
     ------
     InputError
-        If there is nothing to draw from.
+        If there is nothing to draw from, or a batch holds fewer crops than `least`.
     """
 
     def __init__(
-        self, lengths: NDArray[np.int64], crops: tuple[int, ...], batch: int, seed: int, multiple: int = 1
+        self, lengths: NDArray[np.int64], crops: tuple[int, ...], batch: int, seed: int, least: int = 1
     ) -> None:
         if len(lengths) == 0 or not crops or list(crops) != sorted(set(crops)) or crops[0] < 1:
             raise InputError(f"{len(lengths)} items, crop lengths {list(crops)}: give items and ascending lengths")
@@ -73,7 +74,12 @@ class Sampler:
             if len(items):
                 self.crops.append(crop)
                 self.items.append(items)
-                self.counts.append(max(1, batch // crop // multiple) * multiple)
+                self.counts.append(max(1, batch // crop))
+        if min(self.counts) < least:
+            raise InputError(
+                f"a batch of {batch} frames holds {min(self.counts)} crops of {max(self.crops)}, fewer than the "
+                f"{least} of processes times micro-batches; make batch_seconds longer"
+            )
         shares = np.array([lengths[items].sum() for items in self.items], float)
         self.shares = shares / shares.sum()
 

@@ -114,6 +114,16 @@ class W2vBertObjectiveConfig:
             raise InputError(
                 f"target_groups {self.target_groups} and code_dim {self.code_dim} do not fit {self.groups} groups"
             )
+        if not self.target_groups >= 1 or min(self.codes, self.code_dim, self.final_dim, self.distractors) < 1:
+            raise InputError("target_groups, codes, code_dim, final_dim and distractors must be at least 1")
+        if not (0 <= self.dropout < 1 and 0 < self.mask_probability <= 1 and self.mask_span >= 1):
+            raise InputError("dropout must be in [0, 1), mask_probability in (0, 1] and mask_span at least 1")
+        if self.contrastive_weight <= 0 and self.masked_weight <= 0 and self.projection_weight <= 0:
+            raise InputError("all weights are 0: nothing would be learned")
+        if self.sigma_reparam and self.identity_init:
+            raise InputError("sigma_reparam divides by the norm of weights that identity_init sets to 0: choose one")
+        if self.singularity_weight > 0 and self.mask_fill == "noise":
+            raise InputError("singularity_weight is about the learned mask vector; mask_fill = 'noise' has none")
         if self.mask_fill not in ("learned", "noise"):
             raise InputError(f"mask_fill {self.mask_fill!r}: known are 'learned' and 'noise'")
         if (self.projection_weight > 0) != (self.projection_books > 0):
