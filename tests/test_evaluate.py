@@ -96,6 +96,7 @@ def test_read(folder):
     assert [group_of(p) for p in ("librispeech/a", "librispeech_lossy/a", "speechocean762/a", "tedlium/a")] == [
         "native", "lossy", "accented", "tedlium",
     ]  # fmt: skip
+    assert group_of("a.wav") == group_of("b.wav") == "files"
 
 
 def test_labels_at_frame_centres():

@@ -147,6 +147,13 @@ def test_a_folder_of_another_recipe_is_refused(recipe: Path, tmp_path: Path) -> 
         pretrain(recipe, CLIPS, tmp_path / "run", changes={"run.steps": 2})
 
 
+def test_a_run_goes_on_with_its_own_sound_only(recipe: Path, tmp_path: Path) -> None:
+    pretrain(recipe, CLIPS, tmp_path / "run", changes={"run.steps": 1})
+    clip = next(CLIPS.glob("librispeech*"))
+    with pytest.raises(OutputError, match="began with another train"):
+        pretrain(recipe, clip, tmp_path / "run", changes={"run.steps": 1})
+
+
 def test_training_can_begin_with_given_weights(recipe: Path, tmp_path: Path) -> None:
     first = pretrain(recipe, CLIPS, tmp_path / "first")
     frozen = {"optimizer.learning_rate": 1e-12, "run.steps": 1}
@@ -203,6 +210,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         ({"run.speed": 3}, "no field 'speed'"),
         ({"run.steps": "many"}, "steps is 'many'; give int"),
         ({"run.precision": "int8"}, "precision"),
+        ({"run.log_every": 2}, "multiple of log_every"),
         ({"data.crop_seconds": 3.0}, "give a list"),
         ({"nonsense.field": 1}, "unknown section 'nonsense'"),
         ({"optimizer.schedule": "zigzag"}, "zigzag"),

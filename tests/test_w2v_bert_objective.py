@@ -142,6 +142,10 @@ def test_sampler_draws_sound_in_proportion() -> None:
     assert abs(heard[1] / heard.sum() - 1500 / 1800) < 0.05
     with pytest.raises(InputError):
         Sampler(np.zeros(0, int), (256,), 100, 0)
+    with pytest.raises(InputError, match="longer sounds"):
+        Sampler(np.array([3, 9]), (256,), 100, 0)
+    short = Sampler(np.array([3, 300]), (256,), 512, 0)
+    assert {crop.item for step in range(20) for crop in short(step)} == {1}
     with pytest.raises(InputError, match="fewer than the 4"):
         Sampler(lengths, (256, 1024), 3072, 0, least=4)
 

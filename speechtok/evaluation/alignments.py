@@ -82,8 +82,8 @@ class Triphone:
 
 
 def group_of(path: str) -> str:
-    """Group that a path is reported in."""
-    corpus = PurePosixPath(path).parts[0]
+    """Group that a path is reported in: by its first folder; files without one are a group together."""
+    corpus = PurePosixPath(path).parts[0] if len(PurePosixPath(path).parts) > 1 else "files"
     return GROUPS.get(corpus, corpus)
 
 

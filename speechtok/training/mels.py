@@ -4,6 +4,7 @@ One flat float16 array of log mel frames (100 per second, 80 bins, see `kaldi_fb
 takes 58 MB, times the number of speeds.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from speechtok.corpus.sources import scan
 from speechtok.errors import FormatError, InputError
 from speechtok.frames import FrameGrid, WindowRule
 
-__all__ = ["Mels"]
+__all__ = ["Mels", "identity_of"]
 
 BINS, RATE = 80, 100
 _GRID = FrameGrid(16000, HOP, FRAME)
@@ -148,6 +149,12 @@ class Mels:
         frames = np.memmap(path, np.float16, "r").reshape(-1, BINS)
         mean, deviation = (np.array(known[name], np.float32) for name in ("mean", "deviation"))
         return cls(frames, items[:, 0], items[:, 1], mean, deviation, tuple(known["failed"]))
+
+
+def identity_of(folder: Path) -> str:
+    """Hash of what a folder of `Mels.build` was made of: names and sizes of the files, and the speeds."""
+    known = json.loads((folder / "index.json").read_text())["identity"]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _mel(wave: NDArray[np.float32], speed: float) -> NDArray[np.float16]:

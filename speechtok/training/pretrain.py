@@ -1,5 +1,7 @@
 """Pre-train a w2v-BERT encoder from a recipe: read the sound, run the loop, write the encoder."""
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -11,12 +13,12 @@ from torch import nn
 
 from speechtok.corpus.engine import Event
 from speechtok.encoders.pretrained import from_pretrained
-from speechtok.encoders.saved import save_encoder
+from speechtok.encoders.saved import WEIGHTS, save_encoder
 from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
-from speechtok.errors import InputError
+from speechtok.errors import InputError, OutputError
 from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
-from speechtok.training.mels import Mels
+from speechtok.training.mels import Mels, identity_of
 from speechtok.training.probe import PhoneProbe
 from speechtok.training.recipe import Recipe, section
 from speechtok.training.w2v_bert import W2vBertObjective, W2vBertObjectiveConfig
@@ -75,6 +77,8 @@ def pretrain(
     ------
     InputError
         If recipe and data do not fit each other.
+    OutputError
+        If `folder` holds a run of another recipe, or one that began with other sound or weights.
     """
     chosen = Recipe.read(recipe, KIND, changes)
     if chosen.perturb is not None and (chosen.perturb.noise_probability > 0) != (noise is not None):
@@ -84,6 +88,7 @@ def pretrain(
         mels = Mels.build(data, cache / "train", chosen.data.speeds, on_event)
         watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
         noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
+        _same_beginning(folder / "beginning.json", cache, noises is not None, init)
     for what, heard in (("data", mels), ("held_out", watched), ("noise", noises)):
         if heard is not None and heard.failed:
             logger.warning("%s: %d files were left out; the first: %s", what, len(heard.failed), heard.failed[0])
@@ -108,6 +113,18 @@ def pretrain(
         objective, chosen, mels, folder, noises=noises, held_out=watched, probe=probed, device=device, on_event=on_event
     )
     return save_encoder(objective.export(), folder / "encoder")
+
+
+def _same_beginning(path: Path, cache: Path, noisy: bool, init: Path | None) -> None:
+    """Refuse to go on with a run on other sound, noise or first weights than it began with."""
+    if init is not None and not (init / WEIGHTS).is_file():
+        raise InputError(f"{init} holds no {WEIGHTS}; give the folder 'encoder' of a finished run")
+    facts = {"train": identity_of(cache / "train"), "noise": identity_of(cache / "noise") if noisy else None}
+    facts["init"] = None if init is None else hashlib.sha256((init / WEIGHTS).read_bytes()).hexdigest()[:16]
+    if path.exists() and (begun := json.loads(path.read_text())) != facts:
+        changed = ", ".join(name for name in facts if facts[name] != begun.get(name))
+        raise OutputError(f"{path.parent} holds a run that began with another {changed}; choose another folder")
+    path.write_text(json.dumps(facts) + "\n")
 
 
 def _begin_with(encoder: W2vBertEncoder, folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from speechtok.audio.decode import load
 from speechtok.encoders.w2v_bert import W2vBertEncoder
+from speechtok.errors import InputError
 from speechtok.evaluation import alignments
 from speechtok.kernels.nearest import nearest_centroids
 from speechtok.metrics.phonetic import joint_counts, pnmi
@@ -82,6 +83,12 @@ class PhoneProbe:
             labels.append(np.array([names.setdefault(str(p), len(names)) if p else -1 for p in phones], np.int64))
         items = generator.permutation(len(training.lengths))[:_FIT_ITEMS]
         fit = [training.cut(int(item), 0, int(training.lengths[item])) for item in sorted(items)]
+        frames = int(encoder.sampled_lengths(torch.tensor([len(mel) for mel in fit])).sum())
+        if frames < max(clusters):
+            raise InputError(
+                f"the training sound gives {frames} frames, fewer than the {max(clusters)} clusters of the phone "
+                "probe; give more sound or leave the aligned folder out"
+            )
         return cls(mels, labels, fit, clusters)
 
     @torch.inference_mode()

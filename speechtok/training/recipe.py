@@ -105,6 +105,8 @@ class RunConfig:
             raise InputError(f"[run] precision {self.precision!r}: known are float32, bfloat16 and float16")
         if min(self.steps, self.accumulate, self.log_every, self.evaluate_every, self.checkpoint_every) < 1:
             raise InputError("[run] steps, accumulate and the intervals must be at least 1")
+        if self.checkpoint_every % self.log_every and self.checkpoint_every < self.steps:
+            raise InputError("[run] checkpoint_every must be a multiple of log_every: a line is lost in between")
 
 
 @dataclass(frozen=True)

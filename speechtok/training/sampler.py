@@ -9,6 +9,8 @@ from speechtok.errors import InputError
 
 __all__ = ["Crop", "Sampler"]
 
+SHORTEST = 10  # frames; shorter items may be too short for a frame of an encoder and are never drawn
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -69,6 +71,9 @@ class Sampler:
         self.seed, self.lengths = seed, lengths
         self.crops, self.items, self.counts = [], [], []
         bucket = np.maximum(np.searchsorted(crops, lengths, side="right") - 1, 0)
+        bucket = np.where(lengths < min(SHORTEST, crops[0]), -1, bucket)
+        if (bucket < 0).all():
+            raise InputError(f"all {len(lengths)} items are shorter than {SHORTEST} frames; give longer sounds")
         for index, crop in enumerate(crops):
             items = np.flatnonzero(bucket == index)
             if len(items):

@@ -4,15 +4,19 @@ import errno
 import json
 import os
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
 import soundfile
 
 from speechtok.corpus import ledger as ledger_module
-from speechtok.corpus.engine import rank_and_world, tokenize
+from speechtok.corpus.engine import rank_and_world
+from speechtok.corpus.engine import tokenize as run_job
 from speechtok.corpus.rows import read_parts
 from speechtok.errors import InputError, OutputError, SpeechtokError
+
+tokenize = partial(run_job, tokenizer="mfcc-k100")
 
 
 def rows_and_errors(out):
