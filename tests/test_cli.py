@@ -16,7 +16,15 @@ import soundfile
 from speechtok.cli import app, main
 from typer.testing import CliRunner
 
+import speechtok
 from speechtok.corpus.rows import read_parts
+from speechtok.registry import DEFAULT
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """What the commands use where nothing is said."""
+    return speechtok.load(DEFAULT)
 
 
 def run(*arguments, stdin=None):
