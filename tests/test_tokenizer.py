@@ -175,7 +175,7 @@ def test_names(tmp_path, tokenizer):
     assert resolve(folder) == folder
     rows = {row["name"]: row for row in describe_all()}
     assert rows[DEFAULT]["status"] == "shipped"
-    assert rows[DEFAULT]["rate"] == 100
+    assert rows[DEFAULT]["rate"] == 50
     assert rows["mhubert-base-25hz-l11-km500"]["rate"] == 25
     assert rows["mhubert-base-25hz-l11-km500"]["status"] in {"cached", "to download"}
     for entry in PUBLISHED.values():
