@@ -32,7 +32,7 @@ class GumbelQuantizer(nn.Module):
         Size of the result: all groups side by side.
     init : float
         Standard deviation of the weights of the logits. The published 1.0 gives logits so large on layer-normed frames
-        that the assignment hardly changes in a short run.
+        that the Gumbel noise hardly moves the choice.
     """
 
     def __init__(self, dim: int, groups: int, codes: int, code_dim: int, init: float = 1.0) -> None:
