@@ -32,7 +32,8 @@ def w2v_bert(layer: int) -> tuple[Encoder, Callable[[list[torch.Tensor]], Any]]:
     """Our encoder, and a full pass of transformers with the same weights."""
     from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
 
-    from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+    from speechtok.encoders.w2v_bert import W2vBertEncoder
+    from speechtok.encoders.w2v_bert_config import W2vBertConfig
 
     config = Wav2Vec2BertConfig()
     model = Wav2Vec2BertModel(config).eval()

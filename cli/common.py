@@ -138,17 +138,17 @@ def _bar() -> Iterator[Callable[[Any], None]]:
 
 
 def _lines(mode: LogMode, interval: float = 5.0) -> Callable[[Any], None]:
-    last: dict[str, Any] = {"stage": "", "time": 0.0, "begin": 0.0}
+    last: dict[str, Any] = {"stage": "", "time": 0.0, "begin": 0.0, "first": 0.0}
 
     def tell(event: Any) -> None:
         now = time.perf_counter()
         if event.stage != last["stage"]:
-            last.update(stage=event.stage, begin=now)
+            last.update(stage=event.stage, begin=now, first=event.done)  # a resumed run does not begin at 0
         elif now - last["time"] < interval and event.done < event.total:
             return
         last["time"] = now
         elapsed = now - last["begin"]
-        speed = event.done / elapsed if elapsed > 0 else 0.0
+        speed = (event.done - last["first"]) / elapsed if elapsed > 0 else 0.0
         left = (event.total - event.done) / speed if speed else None
         if mode is LogMode.json:
             record = {"stage": event.stage, "done": round(event.done, 3), "total": round(event.total, 3)}

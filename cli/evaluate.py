@@ -112,8 +112,15 @@ def units(
                 )
             )  # fmt: skip
     write_json(json_file, results)
+    _tell_left_out(results)
     if log is not LogMode.quiet:
         _show_units(str(folder), results)
+
+
+def _tell_left_out(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        for group, reason in result["left_out"].items():
+            typer.echo(f"{result['tokenizer']}: {group} speech is left out: {reason}", err=True)
 
 
 def _show_units(folder: str, results: list[dict[str, Any]]) -> None:
@@ -207,6 +214,7 @@ def abx(
                     )
                 )  # fmt: skip
     write_json(json_file, results)
+    _tell_left_out(results)
     if log is LogMode.quiet:
         return
     rows: list[list[Any]] = []

@@ -106,7 +106,21 @@ class StreamState:
 def _encode(
     tokenizer: Tokenizer, states: Sequence[StreamState], waves: Sequence[NDArray[np.float32]] | None
 ) -> list[Units]:
-    """Units of all frames that are ready in every stream after its next samples, float32 [n]; None: the sounds end."""
+    """Units of all frames that are ready in every stream after its next samples, float32 [n]; None: the sounds end.
+
+    Whatever ends it early (memory, Ctrl-C) leaves the streams between two states: they are closed then.
+    """
+    try:
+        return _encode_ready(tokenizer, states, waves)
+    except BaseException:
+        for state in states:
+            state.closed = True
+        raise
+
+
+def _encode_ready(
+    tokenizer: Tokenizer, states: Sequence[StreamState], waves: Sequence[NDArray[np.float32]] | None
+) -> list[Units]:
     firsts = [state.buffer.frames for state in states]
     queues = []
     for i, state in enumerate(states):
@@ -197,10 +211,10 @@ class Stream:
         Raises
         ------
         AudioError
-            If samples are unusable or the stream was flushed; the stream is unchanged then.
+            If samples are unusable or the stream has ended; the stream is unchanged then. Any other failure ends it.
         """
         if self._state.closed:
-            raise AudioError("the stream was flushed; open a new one")
+            raise AudioError("the stream has ended (it was flushed, or a push failed); open a new one")
         return _encode(self.tokenizer, [self._state], [as_mono(samples, "the pushed chunk")])[0]
 
     def flush(self) -> Units:
@@ -209,10 +223,10 @@ class Stream:
         Raises
         ------
         AudioError
-            If the stream was flushed before.
+            If the stream has ended before.
         """
         if self._state.closed:
-            raise AudioError("the stream was flushed before; open a new one")
+            raise AudioError("the stream has ended before (it was flushed, or a push failed); open a new one")
         self._state.closed = True
         return _encode(self.tokenizer, [self._state], None)[0]
 
@@ -319,7 +333,7 @@ class Streams:
         InputError
             If a stream is not open; all streams are unchanged then.
         AudioError
-            If samples are unusable; all streams are unchanged then.
+            If samples are unusable; all streams are unchanged then. Any other failure closes the named streams.
         """
         states = self._open(samples)
         waves = [as_mono(wave, f"the chunk pushed to stream {name!r}") for name, wave in samples.items()]
@@ -365,6 +379,9 @@ class Streams:
 
     def _encode(self, states: list[StreamState], waves: list[NDArray[np.float32]] | None) -> list[Units]:
         before = sum(state.ties for state in states)
-        units = _encode(self.tokenizer, states, waves)
+        try:
+            units = _encode(self.tokenizer, states, waves)
+        finally:  # what failed is not open any more
+            self._states = {name: state for name, state in self._states.items() if not state.closed}
         self.ties += sum(state.ties for state in states) - before
         return units

@@ -117,7 +117,8 @@ def chunked_tokenizer(wave: np.ndarray, seconds: float = 5.0, kind=None, **chang
     """A tokenizer that streams exactly: a random encoder in chunks and 200 of its frames as centroids."""
     import torch
 
-    from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+    from speechtok.encoders.w2v_bert import W2vBertEncoder
+    from speechtok.encoders.w2v_bert_config import W2vBertConfig
     from speechtok.frames import WindowRule
     from speechtok.quantizers.kmeans import KMeans
     from speechtok.tokenizer import Tokenizer

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from speechtok.encoders.pretrained import from_pretrained
 from speechtok.encoders.saved import save_encoder
-from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+from speechtok.encoders.w2v_bert import W2vBertEncoder
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import CheckpointError, InputError
 from speechtok.nn.conformer import CausalConvModule, ChunkedAttention, ConformerBlock, RelativeKeyAttention
 from speechtok.nn.subsampling import ConvSubsampling
@@ -14,6 +15,7 @@ from speechtok.nn.subsampling import ConvSubsampling
 SETTINGS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
             "conv_depthwise_kernel_size": 7, "normalization": "stored", "attention_chunk": 8, "attention_past": 16,
             "look_ahead": 3}  # fmt: skip
+PROJECTED = {"smoothing": 3, "projected_layer": 3, "projection_size": 6}
 
 
 def encoder(layer: int | None = None, **changes) -> W2vBertEncoder:
@@ -114,7 +116,9 @@ def advance(model: W2vBertEncoder, wave: Tensor) -> Tensor:
     return torch.cat(parts)[after:]
 
 
-@pytest.mark.parametrize("changes", [{}, {"smoothing": 5}, {"look_ahead": 0}, {"look_ahead": 11, "smoothing": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"smoothing": 5}, {"look_ahead": 0}, {"look_ahead": 11, "smoothing": 3}, PROJECTED]
+)
 @pytest.mark.parametrize("samples", [560, 5000, 32000])
 @torch.inference_mode()
 def test_steps_give_the_frames_of_the_whole(changes: dict, samples: int) -> None:
@@ -169,6 +173,18 @@ def test_smoothing_is_a_mean_of_neighbours() -> None:
 
 
 @torch.inference_mode()
+def test_one_layer_is_projected() -> None:
+    model, wave = encoder(2, projected_layer=2, projection_size=6), noise(1, 32000)
+    frames = model(wave).features
+    assert frames.shape[2] == model.dim == 6
+    state = model.hidden_states(wave)[-1]
+    assert torch.allclose(frames, state @ model.projection.weight.T + model.projection.bias, atol=1e-5)
+    for layer in (1, 3):
+        other = encoder(layer, projected_layer=2, projection_size=6)
+        assert other(wave).features.shape[2] == other.dim == 32
+
+
+@torch.inference_mode()
 def test_rows_of_a_batch_are_as_alone() -> None:
     model, wave, lengths = encoder(), noise(3, 32000), torch.tensor([32000, 9000, 700])
     together = model(wave, lengths)
@@ -219,6 +235,8 @@ def test_blocks_that_see_everything_cannot_go_step_by_step() -> None:
         ({"subsampling": "conv"}, "multiple of 19"),
         ({"subsampling": "pool"}, "subsampling"),
         ({"look_ahead": -1}, "look_ahead"),
+        ({"projected_layer": 9, "projection_size": 4}, "projected_layer"),
+        ({"projected_layer": 2}, "projection_size"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict, words: str) -> None:
@@ -227,12 +245,13 @@ def test_settings_that_do_not_fit_are_refused(changes: dict, words: str) -> None
 
 
 def test_saved_encoders_come_back(tmp_path) -> None:
-    model, wave = encoder(smoothing=3), noise(1, 16000)
+    model, wave = encoder(smoothing=3, projected_layer=2, projection_size=6), noise(1, 16000)
     save_encoder(model, tmp_path / "encoder")
     loaded = from_pretrained(tmp_path / "encoder")
     assert loaded.config == model.config
     assert torch.equal(loaded(wave).features, model(wave).features)
-    assert from_pretrained(tmp_path / "encoder", 2).layer == 2
+    assert from_pretrained(tmp_path / "encoder", 2).dim == 6
+    assert from_pretrained(tmp_path / "encoder", 1).dim == 32
     with pytest.raises(InputError, match="layer 4"):
         from_pretrained(tmp_path / "encoder", 4)
     (tmp_path / "encoder" / "encoder.json").write_text("{}")

@@ -16,7 +16,8 @@ from speechtok.audio.perturb import PerturbConfig
 from speechtok.encoders import from_pretrained
 from speechtok.encoders.mfcc import MfccEncoder
 from speechtok.encoders.saved import save_encoder
-from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+from speechtok.encoders.w2v_bert import W2vBertEncoder
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import CheckpointError, FormatError, InputError, OutputError
 from speechtok.frames import FrameGrid
 from speechtok.nn.cross_attention import HiddenFrameDecoder, sinusoids

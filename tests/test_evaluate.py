@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 
@@ -234,8 +235,23 @@ def test_bad_options(folder, toneful, tmp_path):
     (tmp_path / "librispeech" / "one-0.flac").write_bytes((folder / "librispeech" / "one-0.flac").read_bytes())
     with pytest.raises(InputError, match="no frame of librispeech/one-0.flac"):
         evaluate_units(tmp_path, toneful)
-    with pytest.raises(InputError, match="no phone of 'native'"):
+    with pytest.raises(InputError, match="no phone stands between"):
         evaluate_abx(tmp_path, toneful)
+
+
+def test_a_group_that_cannot_be_measured_is_left_out(folder, toneful, tmp_path):
+    shutil.copytree(folder, tmp_path / "aligned")
+    lines = [json.loads(line) for line in (folder / "alignments.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["path"].startswith("speechocean762"):
+            line["phones"] = [["AA", 100.0, 101.0]]
+    (tmp_path / "aligned" / "alignments.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = run("evaluate", "units", tmp_path / "aligned", "-t", "mfcc-k100")
+    assert told.exit_code == 0
+    assert "accented speech is left out: no frame of" in told.stderr
+    for result in (evaluate_units(tmp_path / "aligned", toneful), evaluate_abx(tmp_path / "aligned", toneful)):
+        assert list(result["groups"]) == ["native", "pooled"]
+        assert list(result["left_out"]) == ["accented"]
 
 
 # -- ABX ------------------------------------------------------------------------------------------------------------

@@ -166,6 +166,29 @@ def test_states_of_other_streams_are_refused(tokenizer, chunked, bidirectional):
         chunked.streams().restore("x", ended.state())
 
 
+@pytest.mark.parametrize("which", ["tokenizer", "chunked"])
+def test_a_push_that_fails_inside_ends_its_stream(request, monkeypatch, which, clip_wave):
+    tokenizer = request.getfixturevalue(which)
+    stream, streams = tokenizer.stream(16000), tokenizer.streams()
+    streams.open("a")
+    streams.open("b")
+
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        for name in ("encode_windows", "encode_chunks"):
+            patch.setattr(tokenizer, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.push(clip_wave)
+        with pytest.raises(KeyboardInterrupt):
+            streams.push({"a": clip_wave})
+    with pytest.raises(AudioError, match="a push failed"):
+        stream.push(clip_wave)
+    assert streams.names == ["b"]
+    assert len(streams.push({"b": clip_wave})["b"].ids)
+
+
 @pytest.mark.parametrize(("which", "rate"), [("tokenizer", 48000), ("chunked", 16000)])
 def test_state_does_not_grow(request, which, rate):
     """After one minute and after ten; the state is also what keeps memory alive."""

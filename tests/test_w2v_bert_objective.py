@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speechtok.audio.perturb import PerturbConfig
-from speechtok.encoders.w2v_bert import W2vBertConfig
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import InputError
 from speechtok.nn.product_quantizer import GumbelQuantizer, RandomProjectionQuantizer, gumbel_noise, perplexity
 from speechtok.training.masking import draw_distractors, draw_mask
@@ -30,9 +30,7 @@ def mels(items: int = 6, frames: int = 160, seed: int = 0) -> Mels:
     spoken = np.repeat(generator.integers(0, 40, total), generator.integers(6, 20, total))[:total]
     values = sounds[spoken] + 0.1 * generator.normal(size=(total, 80))
     starts, lengths = np.arange(items) * frames, np.full(items, frames)
-    return Mels(
-        values.astype(np.float16), starts, lengths, np.zeros(80, np.float32), np.ones(80, np.float32), ()
-    )
+    return Mels(values.astype(np.float16), starts, lengths, np.zeros(80, np.float32), np.ones(80, np.float32), ())
 
 
 def crops(count: int = 3, frames: int = 160) -> list[Crop]:
@@ -344,8 +342,10 @@ def test_export_is_the_encoder_in_bfloat16_values() -> None:
     model.eval()
     wave = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0)) * 0.1
     with torch.no_grad():
-        ours, theirs = encoder(wave).features, model.encoder(wave).features
-    assert torch.allclose(ours, theirs, atol=0.1)
+        ours, theirs = encoder.hidden_states(wave), model.encoder.hidden_states(wave)
+    assert all(torch.allclose(one, two, atol=0.1) for one, two in zip(ours, theirs, strict=True))
+    assert encoder.config.projected_layer == model.config.contrastive_blocks
+    assert torch.equal(encoder.projection.weight, model.project_context.weight.bfloat16().float())
     assert all(torch.equal(t, t.bfloat16().float()) for t in encoder.state_dict().values())
 
 

@@ -8,8 +8,8 @@ sub-sampling, 25 frames per second) and one that streams exactly (chunked attent
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self, cast
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,166 +17,15 @@ from torch import Tensor, nn
 
 from speechtok.audio.features import FRAME, HOP, kaldi_fbank, normalize_bins, valid_frames
 from speechtok.encoders.base import Encoder, Frames
-from speechtok.errors import CheckpointError, InputError
+from speechtok.encoders.w2v_bert_config import CONV_BINS, MEL_BINS, STACK, W2vBertConfig
+from speechtok.errors import InputError
 from speechtok.frames import Context, FrameGrid
 from speechtok.nn.conformer import BlockState, ConformerBlock
 from speechtok.nn.subsampling import ConvSubsampling
 
-__all__ = ["W2vBertConfig", "W2vBertEncoder", "W2vBertState"]
+__all__ = ["W2vBertEncoder", "W2vBertState"]
 
-MEL_BINS, STACK = 80, 2
-CONV_BINS = 19  # bins that two convolutions of stride 2 leave
 CONV_FRAMES, CONV_STRIDE = 7, 4  # filter bank frames that they read and skip
-SWISH = ("swish", "silu")
-
-
-@dataclass(frozen=True)
-class W2vBertConfig:
-    """What matters of a w2v-BERT configuration for inference; the published settings under their published names.
-
-    Parameters
-    ----------
-    hidden_size : int
-        Size of a frame.
-    num_hidden_layers : int
-        Conformer blocks of the checkpoint.
-    num_attention_heads : int
-        Heads; divides `hidden_size`.
-    intermediate_size : int
-        Inner size of the feed-forward modules.
-    feature_projection_input_dim : int
-        Size of an input frame: 160, two frames of 80 mel bins.
-    layer_norm_eps : float
-        Added to the variance in all layer norms.
-    left_max_position_embeddings, right_max_position_embeddings : int
-        Distances (frames) at which relative positions are clipped.
-    conv_depthwise_kernel_size : int
-        Frames of the causal convolution.
-    subsampling : {"stack", "conv"}
-        Two stacked filter bank frames (50 Hz), or two strided convolutions (25 Hz).
-    normalization : {"utterance", "stored"}
-        Statistics of the filter bank: of each utterance, or stored with the weights.
-    attention_chunk : int, optional
-        Frames of a chunk, see `ChunkedAttention`; None: attention to the whole utterance.
-    attention_past : int
-        Frames before its chunk that a frame attends to, a multiple of the chunk.
-    look_ahead : int
-        Frames by which the blocks answer later than they read: every frame sees at least that much of what follows,
-        also the last one of a chunk (chunked attention only).
-    smoothing : int
-        The last layer's frames are means of so many block outputs around them (chunked attention only), an odd
-        number of at most ``2 * look_ahead + 1``; 1: none; not for layer 0. Adds ``smoothing // 2`` frames to the
-        look-ahead. Frame by frame, clusters of smoothed frames flicker less and tell more about phones.
-
-    Raises
-    ------
-    CheckpointError
-        If values do not fit each other.
-    """
-
-    hidden_size: int = 1024
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    intermediate_size: int = 4096
-    feature_projection_input_dim: int = MEL_BINS * STACK
-    layer_norm_eps: float = 1e-5
-    left_max_position_embeddings: int = 64
-    right_max_position_embeddings: int = 8
-    conv_depthwise_kernel_size: int = 31
-    subsampling: str = "stack"
-    normalization: str = "utterance"
-    attention_chunk: int | None = None
-    attention_past: int = 0
-    look_ahead: int = 0
-    smoothing: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            least = 0 if "position" in name or name in ("num_hidden_layers", "attention_past", "look_ahead") else 1
-            if isinstance(getattr(W2vBertConfig, name), int) and (type(value) is not int or value < least):
-                raise CheckpointError(f"{name} is {value!r}; it must be an integer of at least {least}")
-        for name, known in (("subsampling", ("stack", "conv")), ("normalization", ("utterance", "stored"))):
-            if getattr(self, name) not in known:
-                raise CheckpointError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise CheckpointError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        size = self.feature_projection_input_dim
-        if self.subsampling == "stack" and size != MEL_BINS * STACK:
-            raise CheckpointError(
-                f"feature_projection_input_dim is {size}; "
-                f"only {MEL_BINS * STACK} ({STACK} stacked frames of {MEL_BINS} mel bins) is supported"
-            )
-        if self.subsampling == "conv" and size % CONV_BINS:
-            raise CheckpointError(
-                f"feature_projection_input_dim is {size}; it must be a multiple of {CONV_BINS} with subsampling conv"
-            )
-        chunk = self.attention_chunk
-        if chunk is None and (self.attention_past or self.look_ahead):
-            raise CheckpointError("attention_past and look_ahead need an attention_chunk")
-        if chunk is not None and (type(chunk) is not int or chunk < 2 or self.attention_past % chunk):
-            raise CheckpointError(
-                f"attention_chunk {chunk!r} must be an integer of at least 2, "
-                f"and attention_past {self.attention_past} a multiple of it"
-            )
-        if self.smoothing % 2 == 0 or self.smoothing // 2 > self.look_ahead:
-            raise CheckpointError(
-                f"smoothing {self.smoothing} must be odd and at most 2 * look_ahead + 1, here {2 * self.look_ahead + 1}"
-            )
-
-    @property
-    def answers_after(self) -> int:
-        """Positions from reading a frame to the answer of the last layer: the look-ahead and half the smoothing."""
-        return self.look_ahead + self.smoothing // 2
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any], preprocessor: dict[str, Any] | None = None) -> Self:
-        """Read the published configuration.
-
-        Settings of training, of task heads and of the adapter behind the conformer do not touch hidden states and
-        are ignored. Missing settings take transformers' defaults.
-
-        Parameters
-        ----------
-        config : dict
-            Content of ``config.json``.
-        preprocessor : dict, optional
-            Content of ``preprocessor_config.json``.
-
-        Raises
-        ------
-        CheckpointError
-            If a setting is not supported; the message names it.
-        """
-        known: dict[str, tuple[Any, ...]] = {
-            "model_type": ("wav2vec2-bert",),
-            "position_embeddings_type": ("relative_key",),
-            "hidden_act": SWISH,
-        }
-        _check("config.json", config, known)
-        if preprocessor is not None:
-            features: dict[str, tuple[Any, ...]] = {
-                "feature_extractor_type": ("SeamlessM4TFeatureExtractor",),
-                "feature_size": (MEL_BINS,),
-                "num_mel_bins": (MEL_BINS,),
-                "sampling_rate": (16000,),
-                "stride": (STACK,),
-            }
-            _check("preprocessor_config.json", preprocessor, features)
-        if config.get("conv_depthwise_kernel_size", 31) % 2 == 0:
-            raise CheckpointError(
-                f"config.json: conv_depthwise_kernel_size is {config['conv_depthwise_kernel_size']}; it must be odd"
-            )
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
-
-
-def _check(file: str, settings: dict[str, Any], supported: dict[str, tuple[Any, ...]]) -> None:
-    for name, values in supported.items():
-        if name in settings and settings[name] not in values:
-            raise CheckpointError(
-                f"{file}: {name} is {settings[name]!r}; supported: {', '.join(repr(value) for value in values)}"
-            )
 
 
 @dataclass
@@ -233,7 +82,8 @@ class W2vBertEncoder(Encoder):
     config : W2vBertConfig
         Sizes of the checkpoint.
     layer : int, optional
-        Index into ``hidden_states``: 0 is the projected input, L the output of block L; None: the last.
+        Index into ``hidden_states``: 0 is the projected input, L the output of block L; None: the last. Frames of the
+        configuration's `projected_layer` go through its projection.
 
     Raises
     ------
@@ -261,7 +111,8 @@ class W2vBertEncoder(Encoder):
         layer = config.num_hidden_layers if layer is None else layer
         if not 0 <= layer <= config.num_hidden_layers:
             raise InputError(f"layer {layer}: this w2v-BERT has layers 0 to {config.num_hidden_layers}")
-        self.config, self.layer, self.dim = config, layer, config.hidden_size
+        self.config, self.layer = config, layer
+        self.dim = config.projection_size if self.projects else config.hidden_size
         size, eps = config.feature_projection_input_dim, config.layer_norm_eps
         if config.normalization == "stored":
             self.register_buffer("feature_mean", torch.zeros(MEL_BINS))
@@ -292,6 +143,8 @@ class W2vBertEncoder(Encoder):
             for _ in range(layer)
         ]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+        if 0 < config.projected_layer <= layer:  # the whole model has it, whichever layer is read
+            self.projection = nn.Linear(config.hidden_size, config.projection_size)
         self.context = self._context()
 
     def _context(self) -> Context | None:
@@ -311,6 +164,19 @@ class W2vBertEncoder(Encoder):
     def rounding(self) -> float:  # type: ignore[override]  # depends on the size: longer sums round more
         """See `Encoder.rounding`: seen were 2.9e-6 at full size (layer 17) and 1.6e-7 with four blocks of 192."""
         return 1e-5 if self.config.hidden_size > 512 else 1e-6
+
+    @property
+    def projects(self) -> bool:
+        """Whether frames are projected: `layer` is the configuration's `projected_layer`."""
+        return 0 < self.config.projected_layer == self.layer
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values, without defaults: new fields leave fingerprints as they are."""
+        return {
+            field.name: getattr(self.config, field.name)
+            for field in fields(self.config)
+            if getattr(self.config, field.name) != field.default
+        }
 
     @property
     def blocks(self) -> list[ConformerBlock]:
@@ -369,19 +235,19 @@ class W2vBertEncoder(Encoder):
         total = features.shape[1]
         x = deque(self._positions(features, counts), maxlen=1).pop()
         if self.layer:
-            x = self._smooth(x)[:, self.config.answers_after - self.config.smoothing + 1 :]
+            x = self._answer(x)[:, self.config.answers_after - self.config.smoothing + 1 :]
         return Frames(x[:, :total].masked_fill(~valid_frames(counts, total)[..., None], 0.0), counts)
 
-    def _smooth(self, x: Tensor) -> Tensor:
-        """Means over `smoothing` positions: float [B, T, D] -> float [B, T - smoothing + 1, D]."""
+    def _answer(self, x: Tensor) -> Tensor:
+        """Means over `smoothing` positions, projected: float [B, T, D] -> float [B, T - smoothing + 1, dim]."""
         count = self.config.smoothing
-        if count == 1:
-            return x
-        length = x.shape[1] - count + 1
-        total = x[:, :length]
-        for i in range(1, count):
-            total = total + x[:, i : i + length]
-        return total / count
+        if count > 1:
+            length = x.shape[1] - count + 1
+            total = x[:, :length]
+            for i in range(1, count):
+                total = total + x[:, i : i + length]
+            x = total / count
+        return self.projection(x) if self.projects else x
 
     def hidden_states(self, wave: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
         """Hidden states of all layers up to `layer`.
@@ -432,7 +298,7 @@ class W2vBertEncoder(Encoder):
         Yields
         ------
         float [B, T, D]
-            ``layer + 1`` times, without smoothing; zeros behind the end of each row.
+            ``layer + 1`` times, without smoothing and projection; zeros behind the end of each row.
         """
         frames, ahead = features.shape[1], self.config.look_ahead
         behind = ~valid_frames(frame_lengths, frames)[..., None]
@@ -467,7 +333,7 @@ class W2vBertEncoder(Encoder):
     def stream_state(self, batch: int) -> W2vBertState:
         """State of `batch` streams before their first chunk, for `advance` (encoders of bounded context only)."""
         seen = torch.zeros(batch, dtype=torch.int64, device=next(self.parameters()).device)
-        recent = torch.zeros(batch, self.config.smoothing - 1, self.dim, device=seen.device)
+        recent = torch.zeros(batch, self.config.smoothing - 1, self.config.hidden_size, device=seen.device)
         return W2vBertState([block.state(batch) for block in self.blocks], recent, seen)
 
     def advance(
@@ -486,4 +352,4 @@ class W2vBertEncoder(Encoder):
             blocks.append(after)
         x = torch.cat([state.recent, x], dim=1)
         recent = x[:, x.shape[1] - self.config.smoothing + 1 :]
-        return self._smooth(x), W2vBertState(blocks, recent, state.seen + positions)
+        return self._answer(x), W2vBertState(blocks, recent, state.seen + positions)

@@ -15,7 +15,7 @@ from speechtok.corpus.engine import Event
 from speechtok.encoders.base import Encoder
 from speechtok.errors import InputError
 from speechtok.evaluation.alignments import GROUPS, SILENCE, Triphone, Utterance, items, read, triphones
-from speechtok.evaluation.units import grouped, spread
+from speechtok.evaluation.units import each_group, spread
 from speechtok.metrics import abx
 from speechtok.metrics.abx import Condition, Slicing
 from speechtok.metrics.frame_distances import Distance
@@ -67,8 +67,8 @@ def evaluate(
     Returns
     -------
     dict
-        ``groups``: per corpus group and pooled the figures of each condition; ``conventions``: all that they depend on
-        besides the source and the data.
+        ``groups``: per corpus group and pooled the figures of each condition; ``left_out``: groups that cannot be
+        measured and why; ``conventions``: all that they depend on besides the source and the data.
 
     Raises
     ------
@@ -96,20 +96,22 @@ def evaluate(
         # Copies: the rest of the file's frames need not stay in memory.
         pieces.append([frames[token.start : token.stop].copy() for token in found])
         on_event(Event("run", end, ends[-1]))
-    groups: dict[str, Any] = {}
     conventions: dict[str, Any] = {}
-    for name, members in grouped(utterances).items():
+
+    def score(members: list[int]) -> dict[str, Any]:
         stretches = [piece for i in members for piece in pieces[i]]
         if not stretches:
-            raise InputError(f"{folder}: no phone of {name!r} stands between two others and lasts a frame")
+            raise InputError("no phone stands between two others and lasts a frame")
         result = abx.evaluate(
             np.concatenate(stretches), items([token for i in members for token in tokens[i]]),
             conditions=conditions, distance=chosen, items_per_cell=items_per_cell, x_speakers=x_speakers,
             seed=seed, device=str(source.device),
         )  # fmt: skip
         figures = ("items", *conditions)
-        groups[name] = {"utterances": len(members)} | {key: result[key] for key in figures}
-        conventions = {key: value for key, value in result.items() if key not in figures}
+        conventions.update((key, value) for key, value in result.items() if key not in figures)
+        return {"utterances": len(members)} | {key: result[key] for key in figures}
+
+    groups, left_out = each_group(utterances, score)
     return {
         "tokenizer": source.name,
         "fingerprint": source.fingerprint,
@@ -126,6 +128,7 @@ def evaluate(
             "files": "all" if limit_files is None else f"at most {limit_files}, evenly spread",
         },
         "groups": groups,
+        "left_out": left_out,
     }
 
 

@@ -19,7 +19,7 @@ from speechtok.metrics import bitrate, edit_distance, phonetic
 from speechtok.metrics.edit_distance import Agg, Norm
 from speechtok.tokenizer import Tokenizer
 
-__all__ = ["POOLED", "evaluate", "grouped", "spread"]
+__all__ = ["POOLED", "each_group", "evaluate", "grouped", "spread"]
 
 POOLED = "pooled"
 _BATCH = 16  # files that are encoded together
@@ -54,6 +54,35 @@ def grouped(utterances: Sequence[Utterance]) -> dict[str, list[int]]:
         for name in (*known, *sorted(set(names) - set(known)))
     }
     return groups if len(groups) == 1 else groups | {POOLED: list(range(len(names)))}
+
+
+def each_group(
+    utterances: Sequence[Utterance], score: Callable[[list[int]], dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Score every group of `grouped`; those that cannot be scored are left out.
+
+    Returns
+    -------
+    groups : dict
+        Figures of each group.
+    left_out : dict of str to str
+        Why others have none.
+
+    Raises
+    ------
+    InputError
+        If no group can be scored.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    for name, members in grouped(utterances).items():
+        try:
+            groups[name] = score(members)
+        except InputError as error:
+            left_out[name] = str(error)
+    if not groups:
+        raise InputError("; ".join(dict.fromkeys(left_out.values())))
+    return groups, left_out
 
 
 def evaluate(
@@ -100,7 +129,8 @@ def evaluate(
     dict
         ``groups``: figures per corpus group and pooled, each ``without_silence`` and ``with_silence`` (see
         `speechtok.metrics.phonetic.evaluate`), ``codebook`` (use by all frames), ``bitrate``, and ``ued`` per family;
-        ``conventions``: all that the figures depend on besides the tokenizer and the data.
+        ``left_out``: groups that cannot be measured and why; ``conventions``: all that the figures depend on besides
+        the tokenizer and the data.
 
     Raises
     ------
@@ -115,6 +145,9 @@ def evaluate(
     resources = None if augment_data is None else AugmentResources.from_folder(augment_data, augment_split)
     families = () if resources is None else FAMILIES
     encoded = list(_encode(Path(folder), utterances, tokenizer, shift, families, resources, seed, on_event))
+    groups, left_out = each_group(
+        utterances, lambda members: _figures([encoded[i] for i in members], tokenizer, codebook, norm, agg)
+    )
     return {
         "tokenizer": tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
@@ -143,10 +176,8 @@ def evaluate(
             if augment_data is not None
             else None,
         },
-        "groups": {
-            name: _figures([encoded[i] for i in members], tokenizer, codebook, norm, agg)
-            for name, members in grouped(utterances).items()
-        },
+        "groups": groups,
+        "left_out": left_out,
     }
 
 

@@ -202,9 +202,15 @@ def _intro(tokenizer: Tokenizer, origin: Origin | None) -> str:
         )
     return (
         f"A small w2v-BERT encoder (Chung et al. 2021, arXiv:2108.06209) that was pre-trained on unlabelled speech, "
-        f"and {tokenizer.vocab_size} k-means clusters on the output of its block {origin.layer} of "
+        f"and {tokenizer.vocab_size} k-means clusters on the {_where(origin)} of "
         f"{len(origin.sweep)}; later blocks are not stored."
     )
+
+
+def _where(origin: Origin) -> str:
+    row = next(row for row in origin.sweep if row["layer"] == origin.layer)
+    what = "frames that the contrastive loss compares, a projection of" if row["projected"] else "output of"
+    return f"{what} block {origin.layer}"
 
 
 def _facts(tokenizer: Tokenizer, folder: Path, own: Figures) -> str:
@@ -270,7 +276,8 @@ def _recipe(tokenizer: Tokenizer, origin: Origin | None, command: str) -> str:
         text += f"\n\n![loss and held-out figures over the steps]({origin.curves})"
     rows = [
         (
-            f"**{row['layer']}**" if row["layer"] == origin.layer else row["layer"],
+            f"{'**' if row['layer'] == origin.layer else ''}{row['layer']}{', projected' if row['projected'] else ''}"
+            f"{'**' if row['layer'] == origin.layer else ''}",
             _number(row["pnmi"], 3), _number(row["pnmi_without_silence"], 3), _number(row["abx_across"], 1),
         )
         for row in origin.sweep

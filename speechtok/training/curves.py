@@ -29,7 +29,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
             if name in _SKIPPED or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             panel, _, layer = name.partition("_layer")
-            curve = f"layer {layer}" if layer else line["split"]
+            curve = f"layer {layer.replace('_', ' ')}" if layer else line["split"]
             steps, values = panels.setdefault(panel, {}).setdefault(curve, ([], []))
             steps.append(line["step"])
             values.append(value)

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from speechtok.audio.features import HOP, valid_frames
 from speechtok.audio.perturb import PerturbConfig
-from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+from speechtok.encoders.w2v_bert import W2vBertEncoder
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import InputError
 from speechtok.kernels.nearest import nearest_centroids
 from speechtok.nn.cross_attention import HiddenFrameDecoder

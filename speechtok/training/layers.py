@@ -8,6 +8,7 @@ from typing import Any
 from speechtok.corpus.engine import Event
 from speechtok.corpus.sources import scan
 from speechtok.encoders.pretrained import from_pretrained
+from speechtok.encoders.w2v_bert import W2vBertEncoder
 from speechtok.errors import InputError
 from speechtok.evaluation import abx, units
 from speechtok.training.kmeans import fit
@@ -53,8 +54,9 @@ def sweep(
     Returns
     -------
     list of dict
-        From layer 1 to the last: ``layer``; of its units ``pnmi`` (silence kept, Miller-Madow) and
-        ``pnmi_without_silence``, ``perplexity``; of its frames ``abx_across`` (%, None where no cell can be formed).
+        From layer 1 to the last: ``layer``, whether its frames are ``projected``; of its units ``pnmi`` (silence
+        kept, Miller-Madow), ``pnmi_without_silence``, ``perplexity``; of its frames ``abx_across`` (%, None where no
+        cell can be formed).
 
     Raises
     ------
@@ -82,6 +84,7 @@ def sweep(
         rows.append(
             {
                 "layer": layer,
+                "projected": isinstance(network, W2vBertEncoder) and network.projects,
                 "pnmi": told["with_silence"]["pnmi_miller_madow"],
                 "pnmi_without_silence": told["without_silence"]["pnmi_miller_madow"],
                 "perplexity": told["codebook"]["perplexity"],

@@ -7,6 +7,7 @@ processes see the batch of one.
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,16 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechtok.audio.perturb import PerturbConfig
 from speechtok.corpus.engine import Event
 from speechtok.errors import InputError, OutputError
 from speechtok.tokenizer import usable_device
 from speechtok.training.curves import draw_curves
 from speechtok.training.distributed import sum_over_processes
 from speechtok.training.mels import RATE, Mels
-from speechtok.training.recipe import OptimizerConfig, Recipe
+from speechtok.training.recipe import Recipe
 from speechtok.training.sampler import Crop, Sampler
 
-__all__ = ["Objective", "Run", "learning_rate", "train"]
+__all__ = ["Objective", "Run", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ _HELD_OUT_BATCHES = 8
 
 class Objective(Protocol):
     """What the loop needs of an objective, besides being an `nn.Module`."""
+
+    perturb_config: PerturbConfig | None  # the loop sets it before each step
 
     def collate(self, crops: list[Crop], mels: Mels, noises: Mels | None, *, training: bool) -> dict[str, Tensor]:
         """Read and draw everything for a batch."""
@@ -69,16 +73,6 @@ class Run:
     folder: Path
     step: int
     history: list[dict[str, Any]]
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of the update number `step` (from 0) of `steps`."""
-    warmup = max(1, round(config.warmup * steps))
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    shape = {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1.0 - done, "constant": 1.0}[config.schedule]
-    return config.learning_rate * (config.final + (1.0 - config.final) * shape)
 
 
 def train(
@@ -144,15 +138,19 @@ def train(
         state = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
         bare.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
         run.step, seen = state["step"], state["seconds"]
     run.history = [line for line in run.history if line["step"] <= run.step]
     if config.compile:
         for block in bare.encoder.blocks:
             block.compile(dynamic=False)
-    started, first = time.perf_counter(), run.step
+    trained, first = 0.0, run.step
     sums: dict[str, Tensor] = {}
     for step in range(run.step, config.steps):
+        begin = time.perf_counter()
         model.train()
+        bare.perturb_config = recipe.perturb_at(step)
         drawn = sampler(step)
         crops = drawn[rank::world]
         batches = [
@@ -162,7 +160,7 @@ def train(
         total = torch.tensor(float(sum(bare.weight_of(batch) for batch in batches)), device=accelerator.device)
         weight = float(sum_over_processes(total))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.optimizer, step, config.steps)
+            group["lr"] = recipe.learning_rate(step)
         for index, batch in enumerate(batches):
             # Dropout is the one draw that torch makes: it, too, must not depend on what came before.
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank, index]).generate_state(1)[0]))
@@ -179,16 +177,15 @@ def train(
             raise InputError(f"{folder}: the gradient is not finite at step {step + 1}; lower the learning rate")
         optimizer.step()
         optimizer.zero_grad()
-        run.step = step + 1
+        run.step, trained = step + 1, trained + time.perf_counter() - begin
         seen += sum(min(crop.length, int(mels.lengths[crop.item])) for crop in drawn) / RATE
         if run.step % config.log_every == 0 or run.step == config.steps:
             means = bare.summary({name: sum_over_processes(value.float()) for name, value in sums.items()})
             sums = {}
             if not math.isfinite(means["loss"]):
                 raise InputError(f"{folder}: the loss is {means['loss']} at step {run.step}; lower the learning rate")
-            speed = (run.step - first) / (time.perf_counter() - started)
             line = {"step": run.step, "split": "train", **means, "gradient_norm": float(norm), "hours": seen / 3600}
-            line |= {"learning_rate": optimizer.param_groups[0]["lr"], "steps_per_second": speed}
+            line |= {"learning_rate": optimizer.param_groups[0]["lr"], "steps_per_second": (run.step - first) / trained}
             _log(accelerator, run, line)
             on_event(Event("train", run.step, config.steps, f"{seen / 3600:,.1f} h heard, loss {means['loss']:.3f}"))
         if run.step % config.evaluate_every == 0 or run.step == config.steps:
@@ -206,6 +203,8 @@ def train(
         if run.step % config.checkpoint_every == 0 or run.step == config.steps:
             if accelerator.is_main_process:
                 state = {"model": bare.state_dict(), "optimizer": optimizer.state_dict()}
+                if accelerator.scaler is not None:
+                    state["scaler"] = accelerator.scaler.state_dict()
                 _save({**state, "step": run.step, "seconds": seen}, checkpoint)
                 draw_curves(run.history, folder / "curves.png")
             accelerator.wait_for_everyone()
@@ -215,8 +214,12 @@ def train(
 def _accelerator(precision: str, device: str) -> Any:
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError as error:
         raise InputError("training needs accelerate; install speechtok[train]") from error
+    if device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     return Accelerator(mixed_precision=_PRECISION[precision], cpu=device == "cpu")
 
 

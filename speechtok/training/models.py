@@ -109,10 +109,6 @@ class _Job:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{kind}_{name}.json"
 
-    @property
-    def noisy(self) -> bool:
-        return self.recipe.perturb is not None and self.recipe.perturb.noise_probability > 0
-
 
 def record(places: Places) -> Record:
     """Open ``assets/models.json``; InputError if there is no checkout at `places.root`."""
@@ -184,7 +180,7 @@ def _encoder_step(job: _Job, given: Path | None) -> Step:
     config = json.loads(json.dumps(job.recipe.as_dict()))
     settings: dict[str, Any] = {"recipe": config}
     data = {"train": sounds(job.speech("train"))}
-    if job.noisy:
+    if job.recipe.noisy:
         data["noise"] = changes(job.places.data)["noise"]
     expects = {}
     if given is not None:
@@ -209,7 +205,7 @@ def _encoder(job: _Job, given: Path | None, task: Task) -> Product:
     else:
         pretrain(
             job.choices.recipe, job.speech("train"), run, held_out=job.speech("dev"), aligned=job.speech("dev"),
-            noise=_training_noise(job) if job.noisy else None, device=job.device, on_event=job.on_event,
+            noise=_training_noise(job) if job.recipe.noisy else None, device=job.device, on_event=job.on_event,
         )  # fmt: skip
     curves = [path for path in (run / CURVES,) if path.is_file()]
     parameters = sum(tensor.numel() for tensor in read_tensors(folder / "encoder.safetensors").values())
@@ -376,7 +372,7 @@ def _card_step(job: _Job, name: str, clusters: int) -> Step:
     learned = name in _learned(job.choices.few, job.choices.many)
     needs = (name, *tables, *((MODEL, ENCODER, LAYER) if learned else ()))
     data = {"credits of train": text(job.speech("train"), "metadata.jsonl")}
-    if learned and job.noisy:
+    if learned and job.recipe.noisy:
         data["credits of noise"] = text(job.places.data / "noise", "metadata.jsonl")
     command = job.command if learned else "make models"
     build = partial(_card, job, name, others, command)
@@ -397,8 +393,8 @@ def _card(job: _Job, name: str, others: list[str], command: str, task: Task) -> 
         if any(path.name == CURVES for path in task.needs[MODEL].files):
             curves = CURVES if name == MODEL else f"../{MODEL}/{CURVES}"
         origin = Origin(facts["recipe"], facts["config"], facts, layers["layer"], layers["sweep"], curves)
-        perturb = facts["config"].get("perturb") or {}
-        if perturb.get("noise_probability", 0) > 0:
+        parts = (facts["config"].get(name) or {} for name in ("perturb", "restart_perturb"))
+        if any(part.get("noise_probability", 0) > 0 for part in parts):
             made.append(write_credits(folder, job.places.data / "noise"))
     figures = [Figures.read(job.table("units", x), job.table("abx", x)) for x in (name, *others)]
     write_card(folder, figures[0], figures[1:], corpora(job.speech("train")), command, origin)

@@ -14,8 +14,10 @@ from torch import nn
 from speechtok.corpus.engine import Event
 from speechtok.encoders.pretrained import from_pretrained
 from speechtok.encoders.saved import WEIGHTS, save_encoder
-from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+from speechtok.encoders.w2v_bert import W2vBertEncoder
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import InputError, OutputError
+from speechtok.tokenizer import usable_device
 from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
 from speechtok.training.mels import Mels, identity_of
@@ -81,7 +83,8 @@ def pretrain(
         If `folder` holds a run of another recipe, or one that began with other sound or weights.
     """
     chosen = Recipe.read(recipe, KIND, changes)
-    if chosen.perturb is not None and (chosen.perturb.noise_probability > 0) != (noise is not None):
+    usable_device(device)  # before hours of reading
+    if chosen.noisy != (noise is not None):
         raise InputError("[perturb] noise_probability and noise go together: give both or none")
     cache = folder / "mels"
     with one_at_a_time(cache):
@@ -103,11 +106,15 @@ def pretrain(
         encoder.feature_mean.copy_(torch.from_numpy(mels.mean))
         encoder.feature_scale.copy_(1.0 / torch.from_numpy(mels.deviation))
     if init is not None:
-        _begin_with(encoder, init)
+        given = from_pretrained(init)
+        if not isinstance(given, W2vBertEncoder):
+            raise InputError(f"{init} holds an encoder of another kind than the recipe's")
+        objective.begin_with(given)
     probe = None if aligned is None else PhoneProbe.read(aligned, encoder, mels, clusters=PROBED)
 
     def probed(trained: nn.Module) -> dict[str, float]:
-        return {} if probe is None else probe(cast(W2vBertObjective, trained).encoder)
+        trained = cast(W2vBertObjective, trained)
+        return {} if probe is None else probe(trained.encoder, trained.projections)
 
     train(
         objective, chosen, mels, folder, noises=noises, held_out=watched, probe=probed, device=device, on_event=on_event
@@ -125,10 +132,3 @@ def _same_beginning(path: Path, cache: Path, noisy: bool, init: Path | None) -> 
         changed = ", ".join(name for name in facts if facts[name] != begun.get(name))
         raise OutputError(f"{path.parent} holds a run that began with another {changed}; choose another folder")
     path.write_text(json.dumps(facts) + "\n")
-
-
-def _begin_with(encoder: W2vBertEncoder, folder: Path) -> None:
-    given = from_pretrained(folder)
-    if not isinstance(given, W2vBertEncoder) or given.config != encoder.config:
-        raise InputError(f"{folder} holds an encoder of another kind or size than the recipe's")
-    encoder.load_state_dict(given.state_dict())

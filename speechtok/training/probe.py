@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from speechtok.audio.decode import load
 from speechtok.encoders.w2v_bert import W2vBertEncoder
@@ -92,27 +92,38 @@ class PhoneProbe:
         return cls(mels, labels, fit, clusters)
 
     @torch.inference_mode()
-    def __call__(self, encoder: W2vBertEncoder) -> dict[str, float]:
-        """PNMI (Miller-Madow, silence kept) of every layer: ``{"pnmi_k100_layer2": 0.3, ...}``."""
-        fit, held = _frames(encoder, self.fit), _frames(encoder, self.mels)
+    def __call__(self, encoder: W2vBertEncoder, projections: Mapping[int, nn.Module] | None = None) -> dict[str, float]:
+        """PNMI (Miller-Madow, silence kept) of every layer: ``{"pnmi_k100_layer2": 0.3, ...}``.
+
+        Parameters
+        ----------
+        encoder : W2vBertEncoder
+        projections : mapping of int to Module, optional
+            Applied to the frames of a layer, whose figures are then called ``..._layer2_projected``, beside those of
+            the layer itself.
+        """
+        projections = projections or {}
+        fit, held = (_frames(encoder, mels, projections) for mels in (self.fit, self.mels))
         labels = np.concatenate(self.labels)
         known = labels >= 0
         result = {}
-        for layer, (rows, frames) in enumerate(zip(fit, held, strict=True)):
+        for layer, rows in fit.items():
             for count in self.clusters:
                 kmeans = faiss.Kmeans(rows.shape[1], count, niter=10, seed=0, max_points_per_centroid=100)
                 kmeans.train(rows)
-                ids, _ = nearest_centroids(torch.from_numpy(frames[known]), torch.from_numpy(kmeans.centroids))
+                ids, _ = nearest_centroids(torch.from_numpy(held[layer][known]), torch.from_numpy(kmeans.centroids))
                 counts = joint_counts(labels[known], ids.numpy().astype(np.int64))
                 result[f"pnmi_k{count}_layer{layer}"] = pnmi(counts, corrected=True)
         return result
 
 
-def _frames(encoder: W2vBertEncoder, mels: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-    """Frames of all utterances, one behind the other, for every layer: float32 [N, D] each."""
+def _frames(
+    encoder: W2vBertEncoder, mels: list[NDArray[np.float32]], projections: Mapping[int, nn.Module]
+) -> dict[str, NDArray[np.float32]]:
+    """Frames of all utterances, one behind the other, for every layer: ``{"2": float32 [N, D], ...}``."""
     device = next(encoder.parameters()).device
     order = sorted(range(len(mels)), key=lambda index: len(mels[index]))
-    parts: dict[int, list[Tensor]] = {}
+    parts: dict[int, dict[str, Tensor]] = {}
     for begin in range(0, len(order), _BATCH):
         rows = order[begin : begin + _BATCH]
         lengths = torch.tensor([len(mels[row]) for row in rows])
@@ -120,10 +131,11 @@ def _frames(encoder: W2vBertEncoder, mels: list[NDArray[np.float32]]) -> list[ND
         for place, row in enumerate(rows):
             batch[place, : len(mels[row])] = torch.from_numpy(mels[row])
         features, counts = encoder.inputs(batch.to(device), lengths.to(device))
-        states = [state.cpu() for state in encoder.walk(features, counts)]
+        states = {}
+        for layer, state in enumerate(encoder.walk(features, counts)):
+            states[f"{layer}"] = state.cpu()
+            if layer in projections:
+                states[f"{layer}_projected"] = projections[layer](state).cpu()
         for place, row in enumerate(rows):
-            parts[row] = [state[place, : counts[place]] for state in states]
-    layers: Mapping[int, list[Tensor]] = {
-        layer: [parts[row][layer] for row in range(len(mels))] for layer in range(encoder.layer + 1)
-    }
-    return [torch.cat(layers[layer]).numpy() for layer in sorted(layers)]
+            parts[row] = {name: state[place, : counts[place]] for name, state in states.items()}
+    return {name: torch.cat([parts[row][name] for row in range(len(mels))]).numpy() for name in parts[0]}

@@ -11,7 +11,9 @@ from typing import Any, TypeVar, get_args, get_origin
 from speechtok.audio.perturb import PerturbConfig
 from speechtok.errors import AudioError, InputError
 
-__all__ = ["DataConfig", "OptimizerConfig", "Recipe", "RunConfig", "named", "parse_changes", "section"]
+__all__ = [
+    "DataConfig", "OptimizerConfig", "Recipe", "RestartConfig", "RunConfig", "named", "parse_changes", "section",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -70,6 +72,15 @@ class OptimizerConfig:
         if not (0 < self.learning_rate < math.inf and self.clip > 0 and 0 <= self.warmup < 1 and 0 <= self.final <= 1):
             raise InputError("[optimizer] learning_rate and clip must be positive, warmup and final shares of 1")
 
+    def rate(self, peak: float, step: int, steps: int) -> float:
+        """Learning rate of the update number `step` (from 0) of a rise to `peak` and fall that take `steps`."""
+        warmup = max(1, round(self.warmup * steps))
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
+        shape = {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1.0 - done, "constant": 1.0}[self.schedule]
+        return peak * (self.final + (1.0 - self.final) * shape)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -110,6 +121,28 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class RestartConfig:
+    """A second part of the run, with a learning rate that rises and falls again (Loshchilov and Hutter 2017).
+
+    Perturbations that would keep a young model from learning can wait for it (``[restart_perturb]``).
+
+    Parameters
+    ----------
+    step : int
+        Updates of the first part; a run that is not longer has no second part.
+    learning_rate : float
+        At the second peak.
+    """
+
+    step: int
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.step < 1 or not 0 < self.learning_rate < math.inf:
+            raise InputError("[restart] step must be at least 1 and learning_rate positive")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run.
 
@@ -123,6 +156,9 @@ class Recipe:
     optimizer : OptimizerConfig
     run : RunConfig
     perturb : PerturbConfig or None
+    restart : RestartConfig or None
+    restart_perturb : PerturbConfig or None
+        In place of `perturb` from the restart on; None: no change.
     """
 
     kind: str
@@ -132,10 +168,37 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     perturb: PerturbConfig | None = None
+    restart: RestartConfig | None = None
+    restart_perturb: PerturbConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.restart is None and self.restart_perturb is not None:
+            raise InputError("[restart_perturb] needs [restart]")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether perturbations mix noise in."""
+        parts = (self.perturb_at(0), self.perturb_at(self.run.steps - 1))
+        return any(part is not None and part.noise_probability > 0 for part in parts)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the update number `step` (from 0)."""
+        steps = self.run.steps
+        first = steps if self.restart is None else min(self.restart.step, steps)
+        if self.restart is None or step < first:
+            return self.optimizer.rate(self.optimizer.learning_rate, step, first)
+        return self.optimizer.rate(self.restart.learning_rate, step - first, steps - first)
+
+    def perturb_at(self, step: int) -> PerturbConfig | None:
+        """Perturbation in the update number `step`."""
+        if self.restart is not None and self.restart_perturb is not None and step >= self.restart.step:
+            return self.restart_perturb
+        return self.perturb
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        values = asdict(self)
+        return {name: value for name, value in values.items() if value is not None or not name.startswith("restart")}
 
     @classmethod
     def read(cls, name_or_path: str | Path, kind: str, changes: Mapping[str, Any] | None = None) -> "Recipe":
@@ -172,7 +235,7 @@ class Recipe:
             table[part][key] = value
         if table.pop("kind", None) != kind:
             raise InputError(f"{path}: is no recipe for {kind}; its first line must be: kind = {kind!r}")
-        known = {"model", "objective", "data", "optimizer", "run", "perturb"}
+        known = {"model", "objective", "data", "optimizer", "run", "perturb", "restart", "restart_perturb"}
         if unknown := sorted(set(table) - known):
             raise InputError(f"{path}: unknown section {unknown[0]!r}; known are {', '.join(sorted(known))}")
         for name, part in table.items():
@@ -186,10 +249,13 @@ class Recipe:
                 section(RunConfig, table.get("run", {}), "run"),
                 section(DataConfig, table.get("data", {}), "data"),
                 section(OptimizerConfig, table.get("optimizer", {}), "optimizer"),
-                section(PerturbConfig, table["perturb"], "perturb") if "perturb" in table else None,
+                *(section(part, table[name], name) if name in table else None for name, part in _OPTIONAL.items()),
             )
         except (InputError, AudioError) as error:
             raise InputError(f"{path}: {error}") from error
+
+
+_OPTIONAL: dict[str, Any] = {"perturb": PerturbConfig, "restart": RestartConfig, "restart_perturb": PerturbConfig}
 
 
 def named() -> dict[str, Path]:

@@ -12,8 +12,9 @@ from speechtok.corpus.engine import Event
 from speechtok.encoders.base import Encoder
 from speechtok.encoders.pretrained import from_pretrained
 from speechtok.encoders.saved import save_encoder
-from speechtok.encoders.w2v_bert import W2vBertConfig
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import InputError
+from speechtok.tokenizer import usable_device
 from speechtok.training.distill import DistillConfig, DistillObjective, make_student
 from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
@@ -77,7 +78,8 @@ def distill(
     chosen = Recipe.read(recipe, KIND, changes)
     if chosen.data.speeds != (1.0,):
         raise InputError("[data] speeds: a teacher's frames are computed at speed 1; leave speeds out")
-    if chosen.perturb is not None and (chosen.perturb.noise_probability > 0) != (noise is not None):
+    usable_device(device)  # before hours of reading
+    if chosen.noisy != (noise is not None):
         raise InputError("[perturb] noise_probability and noise go together: give both or none")
     model, config = section(W2vBertConfig, chosen.model, "model"), section(DistillConfig, chosen.objective, "objective")
     make_student(model)  # refused now, not after hours of the teacher

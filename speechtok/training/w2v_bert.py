@@ -7,7 +7,7 @@ and masked prediction of random-projection codes, Barrault et al. 2023, section 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from speechtok.audio.features import valid_frames
 from speechtok.audio.perturb import PerturbConfig, draw, fit_noise, perturb
-from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+from speechtok.encoders.w2v_bert import W2vBertEncoder
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import InputError
 from speechtok.nn.product_quantizer import GumbelQuantizer, RandomProjectionQuantizer, gumbel_noise, perplexity
 from speechtok.nn.sigma_reparam import apply_sigma_reparam, attention_entropy, fold_sigma_reparam
@@ -384,13 +385,31 @@ class W2vBertObjective(nn.Module):
                 found.append(f"masked accuracy {accuracy:.2f} means little: the targets are trivial")
         return found
 
+    @property
+    def projections(self) -> dict[int, nn.Module]:
+        """The projection in front of the contrastive loss, by the layer whose frames it reads."""
+        return {self.config.contrastive_blocks: self.project_context}
+
+    def begin_with(self, given: W2vBertEncoder) -> None:
+        """Take over the weights of an encoder that `export` made; InputError if it is of another size."""
+        if replace(given.config, projected_layer=0, projection_size=0) != self.encoder.config:
+            raise InputError("this encoder is of another size than the recipe's")
+        state = given.state_dict()
+        head = {name: tensor for name, tensor in state.items() if name.startswith("projection.")}
+        self.encoder.load_state_dict({name: tensor for name, tensor in state.items() if name not in head})
+        same = (given.config.projected_layer, given.config.projection_size)
+        if same == (self.config.contrastive_blocks, self.config.final_dim):
+            self.project_context.load_state_dict({name.removeprefix("projection."): head[name] for name in head})
+
     def export(self) -> W2vBertEncoder:
-        """The encoder on its own, with plain weights rounded to bfloat16."""
+        """The encoder with the projection of its contrastive module, with plain weights rounded to bfloat16."""
         source = self.encoder
-        encoder = W2vBertEncoder(source.config)
+        layer, size = self.config.contrastive_blocks, self.config.final_dim
+        encoder = W2vBertEncoder(replace(source.config, projected_layer=layer, projection_size=size))
         if self.config.sigma_reparam:
-            apply_sigma_reparam(encoder)
-        encoder.load_state_dict(source.state_dict())
+            apply_sigma_reparam(encoder, skip=("projection",))
+        head = {f"projection.{name}": tensor for name, tensor in self.project_context.state_dict().items()}
+        encoder.load_state_dict(source.state_dict() | head)
         if self.config.sigma_reparam:
             fold_sigma_reparam(encoder)
         with torch.no_grad():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from speechtok.encoders.w2v_bert import W2vBertConfig, W2vBertEncoder
+from speechtok.encoders.w2v_bert import W2vBertEncoder
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import CheckpointError, InputError
 from speechtok.nn.conformer import CausalConvModule, RelativeKeyAttention
 
