@@ -1,6 +1,9 @@
 """Fixtures that many tests share."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,20 @@ def shared() -> Path:
     if not (SHARED / "speech").is_dir():
         pytest.skip("the shared data folder with real speech is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[[str], None]:
+    """Runs code in two processes of a gloo group; `Path` is imported."""
+
+    def run(code: str) -> None:
+        command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        whole = [sys.executable, "-m", *command, f"from pathlib import Path; {code}"]
+        done = subprocess.run(whole, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
 
 
 @pytest.fixture(scope="session")

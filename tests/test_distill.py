@@ -746,6 +746,19 @@ def test_a_run_goes_on_and_keeps_its_teacher(sound: Path, recipe: Path, tmp_path
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_two_processes_see_the_batch_of_one(sound: Path, recipe: Path, tmp_path: Path, torchrun) -> None:
+    teacher = save_teacher(tmp_path / "teacher")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    changes = {"run.steps": 6}
+    distill(recipe, teacher, sound, alone, changes=changes)
+    torchrun(
+        "from speechtok.training.student import distill; "
+        f"distill({str(recipe)!r}, {str(teacher)!r}, {str(sound)!r}, Path({str(together)!r}), changes={changes})"
+    )
+    one, two = ([line["loss"] for line in lines(run, "train")] for run in (alone, together))
+    assert two == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -114,17 +111,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe: Path, tmp_path: Path) ->
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_two_processes_see_the_batch_of_one(recipe: Path, tmp_path: Path) -> None:
+def test_two_processes_see_the_batch_of_one(recipe: Path, tmp_path: Path, torchrun) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     pretrain(recipe, CLIPS, alone)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c"]
-    code = (
-        "from pathlib import Path; from speechtok.training.pretrain import pretrain; "
+    torchrun(
+        "from speechtok.training.pretrain import pretrain; "
         f"pretrain({str(recipe)!r}, {str(CLIPS)!r}, Path({str(together)!r}))"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, *command, code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     one, two = (torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (alone, together))
     worst = max(float((one[name].float() - two[name].float()).abs().max()) for name in one)

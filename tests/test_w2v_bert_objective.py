@@ -13,7 +13,8 @@ from speechtok.nn.product_quantizer import GumbelQuantizer, RandomProjectionQuan
 from speechtok.training.masking import draw_distractors, draw_mask
 from speechtok.training.mels import Mels
 from speechtok.training.sampler import Crop, Sampler
-from speechtok.training.w2v_bert import W2vBertObjective, W2vBertObjectiveConfig
+from speechtok.training.w2v_bert import W2vBertObjective
+from speechtok.training.w2v_bert_config import W2vBertObjectiveConfig
 
 MODEL = W2vBertConfig(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, conv_depthwise_kernel_size=5,

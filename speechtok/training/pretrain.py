@@ -23,7 +23,8 @@ from speechtok.training.loop import train
 from speechtok.training.mels import Mels, identity_of
 from speechtok.training.probe import PhoneProbe
 from speechtok.training.recipe import Recipe, section
-from speechtok.training.w2v_bert import W2vBertObjective, W2vBertObjectiveConfig
+from speechtok.training.w2v_bert import W2vBertObjective
+from speechtok.training.w2v_bert_config import W2vBertObjectiveConfig
 
 __all__ = ["pretrain"]
 
