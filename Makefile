@@ -20,6 +20,7 @@ $(VENV)/.installed-train: $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/oracles sylber==0.1.4  # pins versions; tests read one of its files
 	touch $@
 
 demo: $(VENV)/.installed
@@ -43,6 +44,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m speechtok.benchmarks.equivalence --data $(DATA)/speech/eval --json benchmarks/results/equivalence.json
 	$(BIN)/python -m speechtok.benchmarks.streaming --data $(DATA)/speech/eval --json benchmarks/results/streaming.json
 	$(BIN)/python -m speechtok.benchmarks.early_exit --repeats 7 --json benchmarks/results/early_exit.json
+	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m speechtok.benchmarks.segmentation --json benchmarks/results/segmentation.json
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
