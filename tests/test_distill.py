@@ -746,6 +746,16 @@ def test_a_run_goes_on_and_keeps_its_teacher(sound: Path, recipe: Path, tmp_path
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_run_in_half_precision_has_the_targets_of_a_plain_one(sound: Path, recipe: Path, tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher")
+    for precision in ("float32", "bfloat16"):
+        changes = {"run.precision": precision, "run.steps": 3, "run.log_every": 1}
+        distill(recipe, teacher, sound, tmp_path / precision, changes=changes)
+    one, two = ([line["loss"] for line in lines(tmp_path / name, "train")] for name in ("float32", "bfloat16"))
+    assert two == pytest.approx(one, rel=0.02)
+    assert two != one
+
+
 def test_two_processes_see_the_batch_of_one(sound: Path, recipe: Path, tmp_path: Path, torchrun) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     alone, together = tmp_path / "alone", tmp_path / "together"

@@ -41,6 +41,15 @@ def test_far_from_the_origin_no_digits_are_lost():
     torch.testing.assert_close(distances[:, 0], expected[:, 0], rtol=1e-3, atol=1e-3)
 
 
+def test_autocast_does_not_blur_it():
+    rows, centroids = torch.randn(200, 24), torch.randn(50, 24)
+    plain = nearest_centroids(rows, centroids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids, distances = nearest_centroids(rows, centroids)
+    assert torch.equal(ids, plain[0])
+    assert torch.equal(distances, plain[1])
+
+
 def test_equals_sklearn():
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((10_000, 39)).astype(np.float32)

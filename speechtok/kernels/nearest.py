@@ -72,7 +72,8 @@ def nearest_centroids(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     distances : float32 [N, 2]
         Euclidean distance to it and to the second nearest (infinite for K = 1).
     """
-    ids, distances = torch.ops.speechtok.nearest_centroids(rows.detach(), centroids.detach())
+    with torch.autocast(rows.device.type, enabled=False):  # a half-precision product would name other centroids
+        ids, distances = torch.ops.speechtok.nearest_centroids(rows.detach(), centroids.detach())
     return ids, distances
 
 
