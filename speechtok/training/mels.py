@@ -107,6 +107,7 @@ class Mels:
                 return cls._open(folder, found)
         folder.mkdir(parents=True, exist_ok=True)
         index.unlink(missing_ok=True)
+        (folder / "frames.f16").unlink(missing_ok=True)  # not overwritten: it may be linked from another folder
         decoder = Decoder(listing.utterances, _GRID, _PIECE, threads=max(1, (os.cpu_count() or 2) - 1))
         pieces: dict[tuple[int, int, int], tuple[int, int]] = {}
         total, sums, squares = 0, np.zeros(BINS), np.zeros(BINS)
