@@ -35,9 +35,10 @@ lint: $(VENV)/.installed-dev
 test: lint
 	$(BIN)/pytest -m "not slow" --cov --cov-report=term
 
-# ENCODER=RUN/encoder takes an encoder that was trained elsewhere; the rest follows.
+# ENCODER=RUN/encoder takes an encoder that was trained elsewhere, SYLBER_ENCODER one of syllables; the rest follows.
 models: $(VENV)/.installed-train
-	$(BIN)/speechtok train models --data $(DATA) --size $(SIZE) $(if $(ENCODER),--encoder $(ENCODER))
+	$(BIN)/speechtok train models --data $(DATA) --size $(SIZE) $(if $(ENCODER),--encoder $(ENCODER)) \
+		$(if $(SYLBER_ENCODER),--sylber-encoder $(SYLBER_ENCODER))
 
 # Tables of the shipped tokenizers (evaluate units, evaluate abx) are refreshed by `make models`.
 bench: $(VENV)/.installed-dev

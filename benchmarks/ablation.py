@@ -91,9 +91,7 @@ def _steps_to(curve: list[tuple[int, float]], baseline: list[tuple[int, float]])
     """First step at which a curve is as low as the baseline was after a share of its whole fall."""
     start, end = baseline[0][1], baseline[-1][1]
     targets = {f"{share:.0%}": start + share * (end - start) for share in SHARES}
-    return {
-        share: next((step for step, value in curve if value <= target), None) for share, target in targets.items()
-    }
+    return {share: next((step for step, value in curve if value <= target), None) for share, target in targets.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``speechtok evaluate``: tokenizers measured on aligned speech."""
+"""``speechtok evaluate``: tokenizers measured on aligned speech, and on continua."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +11,7 @@ from .common import DEFAULT_TOKENIZER, Device, Json, Log, LogMode, print_table, 
 __all__ = ["evaluate"]
 
 evaluate = typer.Typer(
-    help="Measure tokenizers on a folder of aligned speech.",
+    help="Measure tokenizers on aligned speech and on continua between syllables.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -231,3 +231,178 @@ def abx(
         ["tokenizer", "of", "distance", "speech", "items", *(x for one in conditions for x in (one, "cells"))],
         rows,
     )
+
+
+@evaluate.command()
+def syllables(
+    folder: Folder,
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tokenizer", "-t", metavar="NAME",
+            help="A tokenizer with a segmenter; or NAME+greedy, NAME+min-cut, NAME+norm-peaks, to cut the frames of "
+            "the encoder of a tokenizer, of an encoder folder or of a published encoder (ENCODER:LAYER+greedy for "
+            "another layer than the last) by that segmenter, with thresholds from --dev. May be repeated.",
+        ),
+    ] = None,
+    dev: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Aligned speech of others, on which thresholds and shifts are chosen."),
+    ] = None,
+    shift_ms: Annotated[
+        float | None,
+        typer.Option(help="Added to all reference boundaries; default the best R on --dev, 0 without --dev."),
+    ] = None,
+    tolerance_ms: Annotated[
+        float, typer.Option(min=0, help="Of boundaries; 50 for syllables, phones and words are measured at 20.")
+    ] = 50.0,
+    silence_starts: Annotated[
+        bool, typer.Option("--silence-starts", help="Count silence units as segments in boundaries and intervals.")
+    ] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Also a grid at the first row's rate, and energy dips.")
+    ] = True,
+    limit_files: Limit = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+    json_file: Json = None,
+) -> None:  # fmt: skip
+    """Segments against syllables: boundaries (F1, R), intervals, what units say (SP, CP, SNMI), and bitrate."""
+    from speechtok.evaluation.cutters import compare
+
+    with progress(log) as tell:
+        results = compare(
+            folder, tokenizer or [], dev=dev, shift=None if shift_ms is None else shift_ms / 1000,
+            tolerance=tolerance_ms / 1000, silence_starts=silence_starts, baselines=baselines,
+            limit_files=limit_files, device=device, on_event=tell,
+        )  # fmt: skip
+    write_json(json_file, results)
+    _tell_left_out(results)
+    if log is not LogMode.quiet:
+        _show_syllables(str(folder), tolerance_ms, results)
+
+
+def _percent(value: float | None) -> float | str:
+    return "-" if value is None else round(100 * value, 1)
+
+
+def _show_syllables(folder: str, tolerance_ms: float, results: list[dict[str, Any]]) -> None:
+    from speechtok.evaluation.cutters import PUBLISHED, PUBLISHED_SOURCE
+
+    ratios = ("precision", "recall", "f1", "over_segmentation", "r_value")
+    purities = ("syllable_purity", "cluster_purity", "snmi")
+    cuts: list[list[Any]] = []
+    units: list[list[Any]] = []
+    for result in results:
+        for group, found in result["groups"].items():
+            row = [result["tokenizer"], group]
+            cuts.append([*row, round(found["segments_per_second"], 2)])
+            cuts[-1] += [_percent(found["sdhubert"][name]) for name in ratios]
+            cuts[-1] += [_percent(found[protocol][name]) for protocol in ("zerosyl", "inner") for name in ratios[2::2]]
+            cuts[-1] += [_percent(found["intervals"][name]) for name in ratios[:3]]
+            if found["units"]:
+                said, cost = found["units"]["iou"], found["units"]["cost"]
+                units.append([*row, round(cost["tokens_per_second"], 2), result["vocab_size"], said["pairs"]])
+                units[-1] += [said["types"], *(_percent(said[name]) for name in (*purities, "snmi_bias"))]
+                units[-1] += [_percent(found["units"]["overlap"]["snmi"])]
+                units[-1] += [
+                    round(cost[name], 1)
+                    for name in ("nominal_bitrate", "entropy_bitrate", "entropy_bitrate_with_timing")
+                ]
+    print_table(
+        f"Segments and syllables on {folder}, in %, within {tolerance_ms:g} ms (Pr to R: protocol sdhubert)",
+        [
+            "cut by", "speech", "segments/s", "Pr", "Re", "F1", "OS", "R", "zerosyl F1", "R", "inner F1", "R",
+            "interval Pr", "Re", "F1",
+        ],
+        cuts,
+    )  # fmt: skip
+    if units:
+        print_table(
+            "Units and syllables, in %, matched by IoU (last SNMI: by longest overlap); cost",
+            [
+                "cut by", "speech", "tokens/s", "vocabulary", "pairs", "types", "SP", "CP", "SNMI", "bias", "SNMI",
+                "nominal bit/s", "entropy bit/s", "+durations",
+            ],
+            units,
+        )  # fmt: skip
+    titles = {
+        "tokens_per_second": "tokens/s", "precision": "Pr", "recall": "Re", "f1": "F1", "r_value": "R",
+        "syllable_purity": "SP", "cluster_purity": "CP", "snmi": "SNMI",
+    }  # fmt: skip
+    print_table(
+        f"Published, {PUBLISHED_SOURCE}",
+        ["cut by", *titles.values()],
+        [[name, *(row.get(title, "-") for title in titles)] for name, row in PUBLISHED.items()],
+    )
+    for result in results:
+        _tell_choice(result)
+
+
+def _tell_choice(result: dict[str, Any]) -> None:
+    """One line on what was chosen for a row, and where."""
+    facts, conventions = result["facts"], result["conventions"]
+    shifts = ", ".join(f"{name} {1000 * value:g} ms" for name, value in conventions["shift"].items())
+    parts = [f"shift {conventions['shift_from']}: {shifts}"]
+    if "setting" in facts:
+        told = ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in facts["setting"].items()
+        )
+        chosen = facts.get("chosen_on")
+        parts.insert(0, told if chosen is None else f"{told} (best of {facts['settings_tried']} on {chosen})")
+    typer.echo(f"{result['tokenizer']}: {'; '.join(parts)}")
+
+
+@evaluate.command()
+def continua(
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tokenizer", "-t", metavar="NAME",
+            help="A tokenizer, or an encoder folder or published encoder (ENCODER:LAYER for another layer than the "
+            "last). May be repeated.",
+        ),
+    ] = None,
+    words: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Aligned speech: also morphs between two words of one speaker."),
+    ] = None,
+    baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Also log mel and MFCC.")] = True,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Use at most this many continua of a kind, evenly spread.")
+    ] = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+    json_file: Json = None,
+) -> None:  # fmt: skip
+    """Categorical perception: how sharply the mean frame flips between two syllables (0: at once)."""
+    from speechtok.evaluation.categorical import PUBLISHED, compare
+
+    with progress(log) as tell:
+        results = compare(
+            tokenizer or [], words=words, baselines=baselines, limit=limit, device=device, on_event=tell
+        )  # fmt: skip
+    write_json(json_file, results)
+    if log is LogMode.quiet:
+        return
+    rows: list[list[Any]] = []
+    for result in results:
+        for kind in ("synthetic", "morphed"):
+            found = result[kind]
+            if found:
+                rows.append([result["tokenizer"], result["vector"], kind, found["continua"], found["same"]])
+                for name in ("cosine", "distance"):
+                    error = found[name]["standard_error"]
+                    rows[-1] += [round(found[name]["mean"], 4), "-" if error is None else round(error, 4)]
+        if result["unvoiced"]:
+            typer.echo(
+                f"{result['tokenizer']}: {result['unvoiced']} sounds have no segment; all frames count", err=True
+            )
+    print_table(
+        "Discriminability index (lower is more categorical; the middle step is left out)",
+        ["of", "vector", "continua", "number", "ends alike", "by cosine", "+-", "by distance", "+-"],
+        rows,
+    )
+    told = ", ".join(f"{name} {value}" for name, value in PUBLISHED.items())
+    typer.echo(f"Published, on other continua (arXiv 2410.07168), for their order alone: {told}")

@@ -1,11 +1,23 @@
 """``speechtok fit``."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import Device, Json, Log, LogMode, print_table, progress, write_json
+
+if TYPE_CHECKING:
+    from speechtok.segmenters import Segmenter
+
+
+class Cut(StrEnum):
+    """How frames are cut into segments."""
+
+    greedy = "greedy"
+    min_cut = "min-cut"
+    norm_peaks = "norm-peaks"
 
 
 def fit(
@@ -16,9 +28,25 @@ def fit(
     encoder: Annotated[str, typer.Option(help="mfcc, a checkpoint folder or file, or a Hugging Face name.")] = "mfcc",
     layer: Annotated[int | None, typer.Option(help="Index into hidden_states; default the last.")] = None,
     clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Vocabulary.")] = 100,
+    segmenter: Annotated[
+        Cut | None, typer.Option(help="Units are syllable-like segments, cut this way, instead of frames.")
+    ] = None,
+    norm_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Frames below this norm are silent (greedy, min-cut); needed for encoders other than Sylber's."
+        ),
+    ] = None,
+    merge_threshold: Annotated[
+        float | None, typer.Option(help="Cosine from which frames belong together (greedy) or pieces (min-cut).")
+    ] = None,
+    silence_gap: Annotated[
+        int | None, typer.Option(min=0, help="A gap of more frames in front of a segment is a unit of its own.")
+    ] = None,
     standardize: Annotated[bool, typer.Option(help="Scale each dimension to unit variance first.")] = False,
+    spherical: Annotated[bool, typer.Option(help="Compare directions: scale frames or means to length 1.")] = False,
     sample_frames: Annotated[
-        int, typer.Option(min=1, help="Frames kept in memory for the fit (a uniform random sample).")
+        int, typer.Option(min=1, help="Frames or segments kept in memory for the fit (a uniform random sample).")
     ] = 1_000_000,
     iterations: Annotated[int, typer.Option(min=1)] = 50,
     restarts: Annotated[int, typer.Option(min=1, help="Best of this many starts.")] = 3,
@@ -38,16 +66,18 @@ def fit(
 
     if (out / "tokenizer.json").exists():
         raise OutputError(f"{out} holds a tokenizer already; choose another folder or delete it")
+    network = from_pretrained(encoder, layer)
+    cut = _segmenter(segmenter, norm_threshold, merge_threshold, silence_gap, network.grid.rate)
     try:
         out.mkdir(parents=True, exist_ok=True)  # now, not after an hour of fitting
     except OSError as error:
         raise OutputError(f"{out} cannot be made ({error.strerror}); choose another folder") from error
     with progress(log) as tell:
         tokenizer, report = run(
-            source, from_pretrained(encoder, layer), clusters, name=out.resolve().name, standardize=standardize,
-            sample_frames=sample_frames, iterations=iterations, restarts=restarts, seed=seed,
-            window=WindowRule(max_seconds, context_seconds), licence=licence, device=device,
-            on_event=tell,
+            source, network, clusters, name=out.resolve().name, segmenter=cut,
+            silence_gap=silence_gap, standardize=standardize, spherical=spherical, sample_frames=sample_frames,
+            iterations=iterations, restarts=restarts, seed=seed, window=WindowRule(max_seconds, context_seconds),
+            licence=licence, device=device, on_event=tell,
         )  # fmt: skip
     tokenizer.save(out)
     write_json(json_file, report)
@@ -55,3 +85,32 @@ def fit(
     typer.echo(str(out))
     if report["files failed"]:
         raise typer.Exit(3)
+
+
+def _segmenter(
+    cut: Cut | None,
+    norm_threshold: float | None,
+    merge_threshold: float | None,
+    silence_gap: int | None,
+    frame_rate: float,
+) -> "Segmenter | None":
+    """The segmenter of these options; InputError if they do not fit together."""
+    from speechtok.errors import InputError
+    from speechtok.segmenters import Greedy, MinCut, NormPeaks
+
+    thresholds = {"norm_threshold": norm_threshold, "merge_threshold": merge_threshold}
+    given: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
+    names = ["--" + name.replace("_", "-") for name in given]
+    match cut:
+        case Cut.greedy:
+            return Greedy(**given)
+        case Cut.min_cut:
+            return MinCut(**given, frame_rate=frame_rate)
+        case Cut.norm_peaks if not given:
+            return NormPeaks()
+        case Cut.norm_peaks:
+            raise InputError(f"--segmenter norm-peaks has no thresholds; leave out {' and '.join(names)}")
+    names += [] if silence_gap is None else ["--silence-gap"]
+    if names:
+        raise InputError(f"{', '.join(names)}: only with --segmenter (greedy, min-cut or norm-peaks)")
+    return None

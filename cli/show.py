@@ -24,12 +24,15 @@ def show(
     from speechtok.evaluation.show import draw
 
     out = out or Path(source.stem + ".png")
-    facts, runs = draw(source, speechtok.load(tokenizer, device=device), out, start=start, seconds=seconds)
-    write_json(json_file, facts | {"runs": runs})
+    loaded = speechtok.load(tokenizer, device=device)
+    facts, runs = draw(source, loaded, out, start=start, seconds=seconds)
+    kind = "runs" if loaded.segmenter is None else "segments"
+    write_json(json_file, facts | {kind: runs})
     print_table(str(source), ["", ""], [[key, value] for key, value in facts.items()])
     print_table(
         f"units from {start:g} s", ["start (s)", "end (s)", "unit", "frames"], [list(run.values()) for run in runs[:20]]
     )
     if len(runs) > 20:
-        typer.echo(f"... and {len(runs) - 20} more runs of equal units; --json FILE writes them all")
+        more = "runs of equal units" if kind == "runs" else "segments"
+        typer.echo(f"... and {len(runs) - 20} more {more}; --json FILE writes them all")
     typer.echo(str(out))

@@ -2,11 +2,14 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .common import DEFAULT_TOKENIZER, Device, TokenizerName
+
+if TYPE_CHECKING:
+    from speechtok.units import Units
 
 
 def stream(
@@ -24,6 +27,8 @@ def stream(
     device: Device = "cpu",
 ) -> None:
     """Read sound from standard input (wav or raw PCM), write units as JSON lines as they come.
+
+    Where units are segments, each has its own start and end.
 
     Example: arecord -t raw -f S16_LE -r 16000 | speechtok stream --rate 16000
     """
@@ -48,19 +53,19 @@ def stream(
     window = None if window_seconds is None else WindowRule(window_seconds, context_seconds)
     with loaded.stream(rate, window=window) as session:
         for block in pcm_blocks(source, encoding, channels, rate // 20, limit):
-            _write(session.push(block))
-        _write(session.flush())
+            _write(session.push(block), segments=loaded.segmenter is not None)
+        _write(session.flush(), segments=loaded.segmenter is not None)
 
 
-def _write(units: object) -> None:
-    from speechtok.units import Units
-
-    if isinstance(units, Units) and len(units):
-        ids = units.ids.tolist()
-        record = {
+def _write(units: "Units", *, segments: bool) -> None:
+    if len(units):
+        record: dict[str, object] = {
             "start": round(float(units.starts_seconds[0]), 6),
             "end": round(float(units.ends_seconds[-1]), 6),
-            "units": ids,
+            "units": units.ids.tolist(),
         }
+        if segments:  # of frames, start and end say where each is
+            record["starts"] = units.starts_seconds.round(6).tolist()
+            record["ends"] = units.ends_seconds.round(6).tolist()
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()

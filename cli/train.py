@@ -54,6 +54,36 @@ def w2v_bert(
     typer.echo(str(folder))
 
 
+@train.command("sylber")
+def sylber(
+    recipe: Recipe,
+    data: Data,
+    out: Out,
+    init: Init = None,
+    held_out: HeldOut = None,
+    aligned: Annotated[
+        Path | None, typer.Option(help="Folder with alignments.jsonl: boundaries of syllables are watched.")
+    ] = None,
+    noise: Noise = None,
+    change: Change = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+) -> None:
+    """Teach an encoder syllables by self-segmentation; RUN/encoder is what `speechtok fit --encoder` takes.
+
+    Under torchrun, every process takes its share of each batch.
+    """
+    from speechtok.training.recipe import parse_changes
+    from speechtok.training.syllables import self_segment
+
+    with progress(log) as tell:
+        folder = self_segment(
+            recipe, data, out, init=init, held_out=held_out, aligned=aligned, noise=noise,
+            changes=parse_changes(change), device=device, on_event=tell,
+        )  # fmt: skip
+    typer.echo(str(folder))
+
+
 class Size(StrEnum):
     """What shipped models are trained on."""
 
@@ -64,13 +94,16 @@ class Size(StrEnum):
 @train.command("models")
 def models(
     data: Annotated[Path, typer.Option(help="Holds speech/train, speech/dev, speech/eval, noise and rir.")],
-    size: Annotated[Size, typer.Option(help="Size of the encoder: w2vbert-mini-SIZE is its recipe.")] = Size.cpu,
+    size: Annotated[Size, typer.Option(help="Of encoders: recipes w2vbert-mini-SIZE and sylber-mini-SIZE.")] = Size.cpu,
     only: Annotated[
         list[str] | None, typer.Option(metavar="STEP", help="Just this step and what it needs; may be repeated.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and why.")] = False,
     encoder: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Take this trained encoder (RUN/encoder) instead.")
+    ] = None,
+    sylber_encoder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Likewise, the encoder of syllables that begins with it.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Runs in progress and trained encoders are kept here.")] = Path("runs"),
     root: Annotated[Path, typer.Option(help="Checkout whose assets and tables are refreshed.")] = Path(),
@@ -88,9 +121,9 @@ def models(
     known = record(places)
     with progress(log) as tell:
         chosen = steps(
-            places, Choices(f"w2vbert-mini-{size.value}"), encoder=encoder,
-            device=device or ("cuda" if size is Size.gpu else "cpu"), command=f"make models SIZE={size.value}",
-            on_event=tell,
+            places, Choices(f"w2vbert-mini-{size.value}", f"sylber-mini-{size.value}"), encoder=encoder,
+            syllable_encoder=sylber_encoder, device=device or ("cuda" if size is Size.gpu else "cpu"),
+            command=f"make models SIZE={size.value}", on_event=tell,
         )  # fmt: skip
         if dry_run:
             for name, reason in plan(chosen, known, only or ()).items():

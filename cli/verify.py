@@ -42,7 +42,7 @@ def verify(
     ]
     print_table(
         f"{result['tokenizer']} on {source}",
-        ["equivalence", "files", "identical files", "identical frames", "near-ties decided"],
+        ["equivalence", "files", "identical files", "identical units", "near-ties decided"],
         rows,
     )
     difference = result["max_feature_difference"]

@@ -7,15 +7,19 @@ nothing, and read back as float32.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from speechtok.errors import FormatError, OutputError
+from speechtok.frames import WindowRule
 from speechtok.quantizers.base import Quantizer
 
-__all__ = ["FORMAT", "build_quantizer", "read_description", "read_tensors", "write"]
+if TYPE_CHECKING:
+    from speechtok.segmenters.base import Segmenter
+
+__all__ = ["FORMAT", "read", "read_description", "read_tensors", "write"]
 
 FORMAT = 1
 
@@ -102,18 +106,73 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def build_quantizer(kind: str, tensors: dict[str, Tensor], folder: Path) -> Quantizer:
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Description and parts of a tokenizer: ``encoder``, ``quantizer``, ``segmenter``, ``silence_gap``, ``window``.
+
+    Raises
+    ------
+    FormatError
+        If a file is missing or malformed.
+    """
+    from speechtok.encoders.pretrained import build
+
+    description = read_description(folder)
+    try:
+        encoder = build(description["encoder"], description["encoder_config"], description["layer"])
+        window = WindowRule(**description["window"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise FormatError(f"{folder / 'tokenizer.json'}: malformed configuration ({error})") from error
+    weights = read_tensors(folder / "encoder.safetensors") if encoder.state_dict() else {}
+    try:
+        encoder.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise FormatError(f"{folder / 'encoder.safetensors'} does not fit its configuration: {error}") from error
+    quantizer = _quantizer(description, read_tensors(folder / "quantizer.safetensors"), folder)
+    segmenter, silence_gap = _segmenter(description, folder)
+    parts = {"encoder": encoder, "quantizer": quantizer, "window": window}
+    return description, parts | {"segmenter": segmenter, "silence_gap": silence_gap}
+
+
+def _quantizer(description: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path) -> Quantizer:
     """Quantizer of a bundle.
 
     Raises
     ------
     FormatError
-        If this version does not know its kind, or the tensors do not fit it.
+        If this version does not know its kind, or configuration or tensors do not fit it.
     """
     from speechtok.quantizers.kmeans import KMeans
 
-    match kind:
+    path, config = folder / "tokenizer.json", description.get("quantizer_config", {})
+    match description["quantizer"]:
         case "kmeans":
-            return KMeans.from_tensors(tensors)
-        case _:
-            raise FormatError(f"{folder / 'tokenizer.json'}: unknown quantizer {kind!r}; this version knows 'kmeans'")
+            spherical = config.get("spherical", False) if isinstance(config, dict) else None
+            if not isinstance(spherical, bool):
+                raise FormatError(f"{path}: quantizer_config {config!r} is malformed; write or fetch the bundle again")
+            return KMeans.from_tensors(tensors, spherical)
+        case kind:
+            raise FormatError(f"{path}: unknown quantizer {kind!r}; this version knows 'kmeans'")
+
+
+def _segmenter(description: Mapping[str, Any], folder: Path) -> "tuple[Segmenter | None, int | None]":
+    """Segmenter of a bundle and its ``silence_gap``; None, None for tokenizers of frames.
+
+    Raises
+    ------
+    FormatError
+        If this version does not know its kind, or a field is malformed.
+    """
+    from speechtok.segmenters.base import build
+
+    path, gap = folder / "tokenizer.json", description.get("silence_gap")
+    if gap is not None and type(gap) is not int:
+        raise FormatError(f"{path}: silence_gap must be a whole number, not {gap!r}; write or fetch the bundle again")
+    kind, config = description.get("segmenter"), description.get("segmenter_config", {})
+    if kind is None:
+        return None, gap
+    if not isinstance(kind, str) or not isinstance(config, dict):
+        raise FormatError(f"{path}: segmenter or segmenter_config is malformed; write or fetch the bundle again")
+    try:
+        return build(kind, config), gap
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error

@@ -183,7 +183,10 @@ def _check(path: Path, address: str, sha256: str) -> None:
 
 
 def describe_all() -> list[dict[str, Any]]:
-    """Facts on all tokenizers that have a name, for ``speechtok models``."""
+    """Facts on all tokenizers that have a name, for ``speechtok models``.
+
+    ``rate`` and ``bitrate`` are None where units are segments: they depend on the sound.
+    """
     rows = []
     for name, folder in shipped().items():
         facts = json.loads((folder / "tokenizer.json").read_text())
@@ -193,7 +196,7 @@ def describe_all() -> list[dict[str, Any]]:
                 "name": name,
                 "encoder": facts["encoder"],
                 "layer": facts["layer"],
-                "rate": round(1 / facts["hop_seconds"], 3),
+                "rate": None if "segmenter" in facts else round(1 / facts["hop_seconds"], 3),
                 "vocab_size": facts["vocab_size"],
                 "bitrate": facts["bitrate"],
                 "megabytes": round(size / 1e6, 3),

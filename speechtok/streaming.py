@@ -2,11 +2,13 @@
 
 One stream or many that are at different places: `_encode` computes what is ready in all of them together. Encoders in
 chunks go on from their state, chunk by chunk; the others encode windows that hold all that the new frames depend on.
+Segment tokenizers compute one stream after the other, on the canonical path (`speechtok.segments`).
 """
 
 import copy
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,15 +21,16 @@ from speechtok.audio.resample import Resampler
 from speechtok.encoders.base import ChunkState
 from speechtok.errors import AudioError, InputError
 from speechtok.frames import Window, WindowRule
+from speechtok.segments import SegmentPass, cut_sound
 from speechtok.tokenizer import Tokenizer
 from speechtok.units import Units
-from speechtok.windows import WindowBuffer
+from speechtok.windows import EncodedWindow, WindowBuffer
 
 __all__ = ["Stream", "StreamState", "Streams"]
 
 _BATCH_SECONDS = 60.0  # windows of this much padded audio are encoded together
 
-Parts = list[tuple[int, NDArray[np.int32]]]
+Queue = Iterator[tuple[Window, NDArray[np.float32]]]
 
 
 @dataclass
@@ -41,7 +44,9 @@ class StreamState:
     buffer : WindowBuffer
         The samples that are still needed.
     encoder : ChunkState or None
-        Of encoders in chunks, one row.
+        Of encoders in chunks, one row (segment tokenizers keep it in `segments`).
+    segments : SegmentPass or None
+        Of segment tokenizers: the frames of segments that are still to come, and what decides them.
     fingerprint : str
         Of the tokenizer.
     ties : int
@@ -53,6 +58,7 @@ class StreamState:
     resampler: Resampler
     buffer: WindowBuffer
     encoder: ChunkState | None
+    segments: SegmentPass | None
     fingerprint: str
     ties: int = 0
     closed: bool = False
@@ -60,18 +66,19 @@ class StreamState:
     @staticmethod
     def new(tokenizer: Tokenizer, sample_rate: int, window: WindowRule | None = None) -> "StreamState":
         """State before the first sample; `window` instead of the tokenizer's rule (bidirectional encoders only)."""
-        encoder = tokenizer.encoder
+        encoder, by_frames = tokenizer.encoder, tokenizer.segmenter is None
         buffer = WindowBuffer(
             encoder.grid,
             tokenizer.window if window is None or encoder.exact_stream else window,
-            encoder.context,
+            tokenizer.context,
             eager=encoder.exact_stream,
-            chunks=1 if encoder.chunked else None,
+            chunks=None if by_frames and not encoder.chunked else 1,
         )
         return StreamState(
             Resampler(sample_rate, tokenizer.sample_rate),
             buffer,
-            encoder.stream_state(1) if encoder.chunked else None,
+            encoder.stream_state(1) if by_frames and encoder.chunked else None,
+            None if by_frames else SegmentPass.new(tokenizer),
             tokenizer.fingerprint,
         )
 
@@ -89,7 +96,8 @@ class StreamState:
     def copy(self, device: torch.device) -> "StreamState":
         """A copy that shares nothing with this one, its tensors on `device`."""
         encoder = None if self.encoder is None else self.encoder.to(device)
-        return copy.deepcopy(replace(self, encoder=encoder))
+        segments = None if self.segments is None else self.segments.to(device)
+        return copy.deepcopy(replace(self, encoder=encoder, segments=segments))
 
     def check(self, other: "StreamState") -> None:
         """Refuse the state of a stream of another kind.
@@ -122,37 +130,50 @@ def _encode_ready(
     tokenizer: Tokenizer, states: Sequence[StreamState], waves: Sequence[NDArray[np.float32]] | None
 ) -> list[Units]:
     firsts = [state.buffer.frames for state in states]
-    queues = []
+    queues: list[Queue] = []
     for i, state in enumerate(states):
         samples = state.resampler.flush() if waves is None else state.resampler.push(waves[i])
         windows = state.buffer.push(samples)
         queues.append(windows if waves is not None else state.buffer.flush())
-    parts: list[Parts] = [[] for _ in states]
-    if tokenizer.encoder.chunked:
-        _encode_chunks(tokenizer, states, queues, parts)
+    if tokenizer.segmenter is not None:
+        parts = [
+            list(_encode_segments(tokenizer, state, queue, final=waves is None))
+            for state, queue in zip(states, queues, strict=True)
+        ]
+    elif tokenizer.encoder.chunked:
+        parts = _encode_chunks(tokenizer, states, queues)
     else:
+        parts = [[] for _ in states]
         jobs = ((i, window, wave) for i, queue in enumerate(queues) for window, wave in queue)
-        for i, window, encoded in tokenizer.encode_windows(jobs, _BATCH_SECONDS):
+        for i, encoded in tokenizer.encode_windows(jobs, _BATCH_SECONDS):
             states[i].ties += encoded.ties
-            parts[i].append((window.first, encoded.ids))
+            parts[i].append(encoded)
     return [tokenizer.assemble(part, first) for part, first in zip(parts, firsts, strict=True)]
 
 
+def _encode_segments(tokenizer: Tokenizer, state: StreamState, queue: Queue, *, final: bool) -> Iterator[EncodedWindow]:
+    sound = state.segments
+    assert sound is not None  # noqa: S101 - for the type checker
+    for window, wave in queue:
+        yield cut_sound(window.first, window.count, partial(sound.push, tokenizer, window, wave))
+    if final:
+        yield cut_sound(state.buffer.frames, 0, partial(sound.flush, tokenizer))
+
+
 def _encode_chunks(
-    tokenizer: Tokenizer,
-    states: Sequence[StreamState],
-    queues: Sequence[Iterator[tuple[Window, NDArray[np.float32]]]],
-    parts: Sequence[Parts],
-) -> None:
+    tokenizer: Tokenizer, states: Sequence[StreamState], queues: Sequence[Queue]
+) -> list[list[EncodedWindow]]:
     """Rounds: each takes one chunk of every stream that has one."""
+    parts: list[list[EncodedWindow]] = [[] for _ in states]
     while ready := [(i, piece) for i, queue in enumerate(queues) if (piece := next(queue, None)) is not None]:
         turn = [states[i] for i, _ in ready]
         before = [state.encoder for state in turn if state.encoder is not None]
         frames = [state.buffer.grid.num_frames(state.buffer.total) for state in turn]
         encoded, after = tokenizer.encode_chunks([piece for _, piece in ready], frames, before[0].join(before))
-        for (i, (window, _)), state, result, row in zip(ready, turn, encoded, after.rows(), strict=True):
+        for (i, _), state, result, row in zip(ready, turn, encoded, after.rows(), strict=True):
             state.encoder, state.ties = row, state.ties + result.ties
-            parts[i].append((window.first, result.ids))
+            parts[i].append(result)
+    return parts
 
 
 class Stream:
@@ -162,7 +183,8 @@ class Stream:
     arrived, and the units of the offline pass, whatever the chunks. Bidirectional encoders follow the rule for long
     files: a sound of at most ``window.max_seconds`` is encoded when it ends, a longer one window by window.
     With the tokenizer's own rule the result is that of `Tokenizer.encode`; a shorter rule answers sooner and
-    agrees only in part (``speechtok verify`` measures how much).
+    agrees only in part (``speechtok verify`` measures how much). A segment comes as soon as its segmenter knows that
+    no later frame can change it: with `Greedy` a while after its end, with the others when the sound ends.
 
     Parameters
     ----------
@@ -197,12 +219,13 @@ class Stream:
         """Longest time from the start of a sound to its units, without computing (a sound's end always releases them).
 
         For encoders of bounded context: the samples that the slowest frame reads, and the reach of the resampler.
+        Of segment tokenizers it is the latency of the frames; how long a segment waits depends on the sound.
         """
         return self._state.latency_seconds
 
     @property
     def ties(self) -> int:
-        """Near-ties that were decided so far."""
+        """Near-ties that were decided so far; of segments none, because all is computed on the canonical path."""
         return self._state.ties
 
     def push(self, samples: Any) -> Units:

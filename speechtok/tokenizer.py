@@ -1,18 +1,17 @@
-"""`Tokenizer`: an encoder and a quantizer, from sound to `Units`.
+"""`Tokenizer`: an encoder, a segmenter where units are segments, and a quantizer; from sound to `Units`.
 
 Batching never changes a file's units: rows of a batch are masked, and a frame whose two nearest
 centroids are closer than the rounding error (a near-tie) is decided again on one canonical path, which
 is the frame's own window alone on one thread (for encoders of bounded context: just what the frame
-depends on, alone).
+depends on, alone). `speechtok.segments` says how it is with segments.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,47 +23,24 @@ from torch import Tensor
 
 from speechtok import bundle
 from speechtok.audio.decode import AudioFile, as_mono, resampled
-from speechtok.encoders.base import ChunkState, Encoder
+from speechtok.canonical import block_context, one_thread, padded
+from speechtok.encoders.base import ChunkState, Encoder, Frames
 from speechtok.errors import AudioError, CheckpointError, FingerprintError, FormatError, InputError
-from speechtok.frames import Window, WindowRule
+from speechtok.frames import Context, Window, WindowRule
 from speechtok.quantizers.base import Quantizer
+from speechtok.segments import SegmentPass, cut_sound, whole_sound
 from speechtok.units import Units
-from speechtok.windows import cut
+from speechtok.windows import EncodedWindow, cut
 
 if TYPE_CHECKING:
+    from speechtok.segmenters.base import Segmenter
     from speechtok.streaming import Stream, Streams
 
-__all__ = ["DEFAULT_WINDOW", "EncodedWindow", "Tokenizer"]
+__all__ = ["DEFAULT_WINDOW", "Tokenizer"]
 
 DEFAULT_WINDOW = WindowRule(max_seconds=30.0, context_seconds=3.0)
 # Windows are pooled and sorted by length before they are cut into batches, so that little is padded.
 _POOL_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class EncodedWindow:
-    """Result of one window.
-
-    Parameters
-    ----------
-    ids : int32 [K, T]
-        Ids of the kept frames.
-    ties : int
-        Kept frames that were near-ties and were decided on the canonical path.
-    """
-
-    ids: NDArray[np.int32]
-    ties: int
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -84,6 +60,12 @@ class Tokenizer:
     encoder : Encoder
     quantizer : Quantizer
     name : str
+    segmenter : Segmenter, optional
+        Cuts the frames into segments, whose means are quantized: a *segment tokenizer*. None: every frame is a unit.
+    silence_gap : int, optional
+        Segment tokenizers only. Where the gap between a segment and the one before it (or the start of the sound) is
+        more than so many frames, one silence unit that spans the gap stands before the segment. Its id is the
+        quantizer's ``vocab_size``. A gap behind the last segment has no unit. None: there are no silence units.
     window : WindowRule
         How files longer than ``window.max_seconds`` are cut; part of the fingerprint.
     licence : str
@@ -94,7 +76,7 @@ class Tokenizer:
     Raises
     ------
     FormatError
-        If encoder and quantizer do not fit together.
+        If the parts do not fit together.
     """
 
     def __init__(
@@ -103,6 +85,8 @@ class Tokenizer:
         quantizer: Quantizer,
         *,
         name: str,
+        segmenter: "Segmenter | None" = None,
+        silence_gap: int | None = None,
         window: WindowRule = DEFAULT_WINDOW,
         licence: str = "unknown",
         training: dict[str, Any] | None = None,
@@ -112,8 +96,18 @@ class Tokenizer:
                 f"{name}: the encoder's frames have {encoder.dim} dimensions, the quantizer expects {quantizer.dim}; "
                 "encoder, layer or centroids are not those that belong together"
             )
-        window.core(encoder.grid, encoder.context)  # refuses a rule that does not fit
+        if segmenter is not None and quantizer.codebooks != 1:
+            raise FormatError(
+                f"{name}: segments have one unit each, but the quantizer has {quantizer.codebooks} codebooks"
+            )
+        if silence_gap is not None and (segmenter is None or silence_gap < 0):
+            raise FormatError(
+                f"{name}: silence_gap {silence_gap} is a number of frames between segments; "
+                "give 0 or more together with a segmenter, or leave it out"
+            )
+        self.segmenter, self.silence_gap = segmenter, silence_gap
         self.encoder, self.quantizer = encoder.eval(), quantizer.eval()
+        window.core(encoder.grid, self.context)  # refuses a rule that does not fit
         self.name, self.window, self.licence, self.training = name, window, licence, training or {}
         self.device = torch.device("cpu")
 
@@ -123,19 +117,34 @@ class Tokenizer:
         return self.encoder.sample_rate
 
     @property
+    def context(self) -> Context | None:
+        """In which windows of long sounds are cut: the encoder's; for segments in the blocks of the canonical path."""
+        return self.encoder.context if self.segmenter is None else block_context(self.encoder)
+
+    @property
+    def segment_hop(self) -> int | None:
+        """Of segment tokenizers, samples from frame to frame, in which the spans of units are counted; else None."""
+        return None if self.segmenter is None else self.encoder.hop
+
+    @property
     def vocab_size(self) -> int:
-        """Ids are below this."""
-        return self.quantizer.vocab_size
+        """Ids are below this; the silence unit, where there is one, is the last of them."""
+        return self.quantizer.vocab_size + (self.silence_gap is not None)
 
     @property
-    def rate(self) -> float:
-        """Units per second (before run-length coding)."""
-        return self.encoder.grid.rate
+    def silence_unit(self) -> int | None:
+        """The id that stands for silence between segments; None without `silence_gap`."""
+        return None if self.silence_gap is None else self.quantizer.vocab_size
 
     @property
-    def bitrate(self) -> float:
-        """Nominal bits per second: ``rate * codebooks * log2(vocab_size)``."""
-        return self.rate * self.quantizer.codebooks * float(np.log2(self.vocab_size))
+    def rate(self) -> float | None:
+        """Units per second (before run-length coding); None for segments, whose number depends on the sound."""
+        return self.encoder.grid.rate if self.segmenter is None else None
+
+    @property
+    def bitrate(self) -> float | None:
+        """Nominal bits per second: ``rate * codebooks * log2(vocab_size)``; None where `rate` is."""
+        return None if self.rate is None else self.rate * self.quantizer.codebooks * float(np.log2(self.vocab_size))
 
     def to(self, device: str | torch.device) -> "Tokenizer":
         """Move the models to a device, in place.
@@ -165,12 +174,14 @@ class Tokenizer:
         Returns
         -------
         Units
-            Empty if the sound is shorter than one frame.
+            Empty if the sound is shorter than one frame, or has no segment.
 
         Raises
         ------
         AudioError
             If the sound cannot be used.
+        InputError
+            If its segmenter cannot cut it (`MinCut`: longer than 6000 frames without silence).
         """
         return self.encode_batch([source], sample_rate)[0]
 
@@ -187,14 +198,14 @@ class Tokenizer:
         jobs = (
             (i, window, wave) for i, source in enumerate(sources) for window, wave in self.windows(source, sample_rate)
         )
-        parts: list[list[tuple[int, NDArray[np.int32]]]] = [[] for _ in sources]
-        for index, window, encoded in self.encode_windows(jobs, batch_seconds):
-            parts[index].append((window.first, encoded.ids))
+        parts: list[list[EncodedWindow]] = [[] for _ in sources]
+        for index, encoded in self.encode_windows(jobs, batch_seconds):
+            parts[index].append(encoded)
         return [self.assemble(part) for part in parts]
 
     def windows(self, source: Any, sample_rate: int | None = None) -> Iterator[tuple[Window, NDArray[np.float32]]]:
         """Decode, resample and cut one source (see `encode`) into windows with their samples, float32 [n]."""
-        grid, context = self.encoder.grid, self.encoder.context
+        grid, context = self.encoder.grid, self.context
         if isinstance(source, str | os.PathLike) or hasattr(source, "read"):
             with AudioFile(source) as file:
                 blocks = resampled(file.blocks(), file.sample_rate, self.sample_rate)
@@ -207,49 +218,82 @@ class Tokenizer:
 
     def encode_windows(
         self, jobs: Iterable[tuple[Any, Window, NDArray[np.float32]]], batch_seconds: float
-    ) -> Iterator[tuple[Any, Window, EncodedWindow]]:
+    ) -> Iterator[tuple[Any, EncodedWindow]]:
         """Encode windows in batches of similar length; results come in any order.
 
         Parameters
         ----------
-        jobs : iterable of (anything that names the window, window, samples float32 [n])
+        jobs : iterable of (hashable name of the sound, window, samples float32 [n])
+            The windows of a sound come in order; those of several sounds may be mixed.
         batch_seconds : float
             Padded audio per batch.
+
+        Yields
+        ------
+        (name of the sound, EncodedWindow)
+            One per window. Segment tokenizers take the windows of long sounds one by one, and give the last segments of
+            these sounds when there are no more jobs, as one more result.
         """
         limit = int(batch_seconds * self.sample_rate)
         pool: list[tuple[Any, Window, NDArray[np.float32]]] = []
         pooled = 0
-        for job in jobs:
-            pool.append(job)
-            pooled += len(job[2])
+        long: dict[Any, SegmentPass] = {}
+        for name, window, wave in jobs:
+            if self.segmenter is not None and window.stop is not None:
+                if name not in long:
+                    long[name] = SegmentPass.new(self)
+                push = partial(long[name].push, self, window, wave)
+                yield name, cut_sound(window.first, window.count, push)
+                continue
+            pool.append((name, window, wave))
+            pooled += len(wave)
             if pooled >= _POOL_BATCHES * limit:
                 yield from self._encode_pool(pool, limit)
                 pool, pooled = [], 0
         yield from self._encode_pool(pool, limit)
+        for name, sound in long.items():
+            yield name, cut_sound(sound.cutter.frames, 0, partial(sound.flush, self))
 
     def _encode_pool(
         self, pool: list[tuple[Any, Window, NDArray[np.float32]]], limit: int
-    ) -> Iterator[tuple[Any, Window, EncodedWindow]]:
+    ) -> Iterator[tuple[Any, EncodedWindow]]:
         pool = sorted(pool, key=lambda job: len(job[2]))
         while pool:
             # From the longest down: the batch is as wide as its first window.
             size = min(len(pool), max(1, limit // max(1, len(pool[-1][2]))))
             batch, pool = pool[-size:], pool[:-size]
-            for (name, window, _), encoded in zip(
-                batch, self.encode_batch_of_windows([(w, x) for _, w, x in batch]), strict=True
-            ):
-                yield name, window, encoded
+            results = self.encode_batch_of_windows([(window, wave) for _, window, wave in batch])
+            yield from zip((name for name, _, _ in batch), results, strict=True)
 
     @torch.inference_mode()
     def encode_batch_of_windows(self, batch: Sequence[tuple[Window, NDArray[np.float32]]]) -> list[EncodedWindow]:
-        """Encode windows as one padded batch and decide near-ties on the canonical path."""
+        """Encode windows as one padded batch and decide near-ties on the canonical path.
+
+        Raises
+        ------
+        InputError
+            If this is a segment tokenizer and a window is not a whole sound: `encode_windows` takes those in order.
+        """
+        if self.segmenter is not None and any(window.stop is not None for window, _ in batch):
+            raise InputError(f"{self.name}: a segment may cross windows; give the windows of a sound to encode_windows")
         # This very pass is the canonical one where the window is alone and nothing can split its sums differently.
         canonical = len(batch) == 1 and self.encoder.context is None and torch.get_num_threads() == 1
+        frames = self._frames([wave for _, wave in batch])
+        if self.segmenter is not None:
+            sounds = [
+                (window, wave, row[:count].cpu().numpy())
+                for (window, wave), row, count in zip(batch, frames.features, frames.lengths, strict=True)
+            ]
+            return [
+                cut_sound(window.first, window.count, partial(whole_sound, self, window, wave, row, canonical))
+                for window, wave, row in sounds
+            ]
         results = []
-        for (window, wave), (ids, tied) in zip(batch, self._encode_waves([wave for _, wave in batch]), strict=True):
+        for (window, wave), (ids, tied) in zip(batch, self._quantized_whole(frames), strict=True):
             kept = slice(window.skip, window.skip + window.count)
             ids, ties = ids[:, kept], np.flatnonzero(tied[kept])
-            results.append(EncodedWindow(ids if canonical else self._decided(window, wave, ids, ties), len(ties)))
+            ids = ids if canonical else self._decided(window, wave, ids, ties)
+            results.append(EncodedWindow(window.first, window.count, ids, len(ties)))
         return results
 
     @torch.inference_mode()
@@ -281,27 +325,23 @@ class Tokenizer:
         pieces = [wave[at * hop - w.start :][:width] for (w, wave), at in zip(batch, seen, strict=True)]
         positions = [min(context.chunk, n + context.look_ahead - at) for n, at in zip(frames, seen, strict=True)]
         features, state = encoder.advance(
-            *self._padded(pieces, width), torch.tensor(positions, device=self.device), state
+            *padded(pieces, width, self.device), torch.tensor(positions, device=self.device), state
         )
         skips = [w.first + context.look_ahead - at for (w, _), at in zip(batch, seen, strict=True)]
         kept = [slice(skip, skip + w.count) for skip, (w, _) in zip(skips, batch, strict=True)]
         results = []
         for (window, wave), (ids, tied) in zip(batch, self._quantized(features, kept), strict=True):
             ties = np.flatnonzero(tied)
-            results.append(EncodedWindow(self._decided(window, wave, ids, ties), len(ties)))
+            ids = self._decided(window, wave, ids, ties)
+            results.append(EncodedWindow(window.first, window.count, ids, len(ties)))
         return results, state
 
-    def _padded(self, waves: Sequence[NDArray[np.float32]], width: int) -> tuple[Tensor, Tensor]:
-        """Waves as one float32 [B, width] with zeros behind them, and their lengths, int64 [B]."""
-        padded = torch.zeros(len(waves), width)
-        for row, wave in zip(padded, waves, strict=True):
-            row[: len(wave)] = torch.from_numpy(wave)
-        lengths = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
-        return padded.to(self.device), lengths.to(self.device)
+    def _frames(self, waves: Sequence[NDArray[np.float32]]) -> Frames:
+        """Pad and encode."""
+        return self.encoder(*padded(waves, max(len(wave) for wave in waves), self.device))
 
-    def _encode_waves(self, waves: Sequence[NDArray[np.float32]]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """Pad, encode, quantize: ids int32 [K, T] and near-ties bool [T] of each wave."""
-        frames = self.encoder(*self._padded(waves, max(len(wave) for wave in waves)))
+    def _quantized_whole(self, frames: Frames) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """Ids int32 [K, T] and near-ties bool [T] of each wave."""
         return self._quantized(frames.features, [slice(0, count) for count in frames.lengths.tolist()])
 
     def _quantized(self, features: Tensor, kept: Sequence[slice]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
@@ -327,21 +367,35 @@ class Tokenizer:
             begin, end = (0, total) if context is None else context.needs(frame, frame + 1)
             spans.setdefault((begin, min(end, total)), []).append(tie)
         ids = ids.copy()
-        with _one_thread():
+        with one_thread():
             for (begin, end), chosen in spans.items():
                 piece = wave if context is None else wave[begin * grid.hop :][: grid.num_samples(end - begin)]
-                again, _ = self._encode_waves([piece])[0]
+                again, _ = self._quantized_whole(self._frames([piece]))[0]
                 ids[:, chosen] = again[:, window.skip - begin + np.array(chosen)]
         return ids
 
-    def assemble(self, parts: Iterable[tuple[int, NDArray[np.int32]]], first: int = 0) -> Units:
-        """Join windows, given as (first frame, ids int32 [K, T]) in any order, to `Units` from frame `first` on."""
-        pieces = [ids for _, ids in sorted(parts, key=lambda part: part[0])]
-        ids = np.concatenate(pieces, axis=1) if pieces else np.zeros((self.quantizer.codebooks, 0), np.int32)
+    def assemble(self, parts: Iterable[EncodedWindow], first: int = 0) -> Units:
+        """Join the results of a sound's windows, in any order, to `Units`; those of frames begin with frame `first`.
+
+        Raises
+        ------
+        InputError
+            If the sound cannot be cut into segments.
+        """
+        parts = sorted(parts, key=lambda part: part.first)
+        for part in parts:
+            if part.error is not None:
+                raise part.error
+        ids = np.concatenate([np.zeros((self.quantizer.codebooks, 0), np.int32), *(part.ids for part in parts)], axis=1)
         grid = self.encoder.grid
-        starts = grid.offset + grid.hop * (first + np.arange(ids.shape[1], dtype=np.int64))
+        if self.segmenter is None:
+            begin = first + np.arange(ids.shape[1], dtype=np.int64)
+            spans = np.stack([begin, begin + 1], axis=1)
+        else:
+            spans = np.concatenate([np.zeros((0, 2), np.int64), *(p.spans for p in parts if p.spans is not None)])
+        starts, ends = grid.offset + grid.hop * spans.T
         flat = ids[0] if self.quantizer.codebooks == 1 else ids
-        return Units(flat, starts, starts + grid.hop, self.sample_rate, self.vocab_size, self.fingerprint)
+        return Units(flat, starts, ends, self.sample_rate, self.vocab_size, self.fingerprint)
 
     def stream(self, sample_rate: int | None = None, *, window: WindowRule | None = None) -> "Stream":
         """Open a stream of units; see `speechtok.streaming.Stream`."""
@@ -359,6 +413,13 @@ class Tokenizer:
 
     def _identity(self) -> dict[str, Any]:
         """What decides the units, besides the weights."""
+        segments = {}
+        if self.segmenter is not None:  # without one nothing is said, so that older fingerprints stay as they are
+            segments = {
+                "segmenter": self.segmenter.type,
+                "segmenter_config": self.segmenter.config_dict(),
+                "silence_gap": self.silence_gap,
+            }
         return {
             "format": bundle.FORMAT,
             "encoder": self.encoder.type,
@@ -366,6 +427,7 @@ class Tokenizer:
             "layer": self.encoder.layer,
             "quantizer": self.quantizer.type,
             "quantizer_config": self.quantizer.config_dict(),
+            **segments,
             "window": asdict(self.window),
         }
 
@@ -391,7 +453,7 @@ class Tokenizer:
             "sample_rate": self.sample_rate,
             "hop_seconds": grid.hop_seconds,
             "offset_seconds": grid.offset_seconds,
-            "bitrate": round(self.bitrate, 3),
+            "bitrate": None if self.bitrate is None else round(self.bitrate, 3),
             "licence": self.licence,
             "training": self.training,
             "versions": {name: version(name) for name in ("speechtok", "torch", "numpy")},
@@ -421,28 +483,12 @@ class Tokenizer:
         FingerprintError
             If configuration or weights are not those that the fingerprint was made of.
         """
-        from speechtok.encoders.pretrained import build
-
-        folder = Path(folder)
-        description = bundle.read_description(folder)
-        try:
-            encoder = build(description["encoder"], description["encoder_config"], description["layer"])
-            window = WindowRule(**description["window"])
-        except (TypeError, KeyError, AttributeError) as error:
-            raise FormatError(f"{folder / 'tokenizer.json'}: malformed configuration ({error})") from error
-        weights = bundle.read_tensors(folder / "encoder.safetensors") if encoder.state_dict() else {}
-        try:
-            encoder.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise FormatError(f"{folder / 'encoder.safetensors'} does not fit its configuration: {error}") from error
-        tensors = bundle.read_tensors(folder / "quantizer.safetensors")
+        description, parts = bundle.read(Path(folder))
         tokenizer = Tokenizer(
-            encoder,
-            bundle.build_quantizer(description["quantizer"], tensors, folder),
             name=description["name"],
-            window=window,
             licence=description.get("licence", "unknown"),
             training=description.get("training", {}),
+            **parts,
         )
         if tokenizer.fingerprint != description["fingerprint"]:
             raise FingerprintError(

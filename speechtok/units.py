@@ -49,7 +49,7 @@ class Units:
     ids : int32 [T] or [K, T]
         One id per frame or per segment, never run-length coded; K codebooks for residual quantizers.
     starts, ends : int64 [T]
-        Span of each unit in samples at `sample_rate`.
+        Span of each unit in samples at `sample_rate`. Frames follow each other; between segments there may be gaps.
     sample_rate : int
         Rate of the tokenizer (Hz).
     vocab_size : int
@@ -111,13 +111,13 @@ class Units:
         return self.ends / self.sample_rate
 
     def run_lengths(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Run-length form: ids of the runs and their lengths in frames (one codebook only)."""
+        """Run-length form: ids of the runs and their lengths in units, which are frames or segments (one codebook)."""
         if self.ids.ndim != 1:
             raise FormatError("run-length form exists for one codebook only; take one row of ids")
         return run_lengths(self.ids)
 
     def deduplicated(self) -> "Units":
-        """Runs of equal ids become one unit that spans the run."""
+        """Runs of equal ids become one unit that spans the run, with the gaps in it where units are segments."""
         units, durations = self.run_lengths()
         last = np.cumsum(durations) - 1
         return replace(self, ids=units, starts=self.starts[last - durations + 1], ends=self.ends[last])

@@ -1,4 +1,4 @@
-"""Cut a wave that arrives in pieces into the windows that are encoded one by one."""
+"""Cut a wave that arrives in pieces into the windows that are encoded one by one, and what comes of them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -6,9 +6,39 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from speechtok.errors import InputError
 from speechtok.frames import Context, FrameGrid, Window, WindowRule
 
-__all__ = ["WindowBuffer", "cut"]
+__all__ = ["EncodedWindow", "WindowBuffer", "cut"]
+
+
+@dataclass(frozen=True)
+class EncodedWindow:
+    """Result of one window; of segment tokenizers, the segments that are final with it.
+
+    Parameters
+    ----------
+    first : int
+        First of the kept frames, counted in its sound.
+    count : int
+        Kept frames.
+    ids : int32 [K, count]
+        Ids of the kept frames; of segment tokenizers ``[1, S]``.
+    ties : int
+        Kept frames that were near-ties and were decided on the canonical path; of segment tokenizers 1 where a decision
+        of the window was a near-tie, so that all of it was computed on the canonical path.
+    spans : int64 [S, 2] or None
+        Of segment tokenizers: first frame and end of each segment, counted in its sound.
+    error : InputError or None
+        Why the sound has no units: it cannot be cut into segments.
+    """
+
+    first: int
+    count: int
+    ids: NDArray[np.int32]
+    ties: int
+    spans: NDArray[np.int64] | None = None
+    error: InputError | None = None
 
 
 def cut(

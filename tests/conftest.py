@@ -161,6 +161,72 @@ def chunked(clip_wave):
     return chunked_tokenizer(clip_wave)
 
 
+def frames_of(encoder, wave: np.ndarray) -> np.ndarray:
+    """Frames of a whole wave in one pass, float32 [T, D]."""
+    import torch
+
+    with torch.inference_mode():
+        frames: np.ndarray = encoder(torch.from_numpy(wave)[None]).features[0].numpy()
+    return frames
+
+
+def segmented(base, wave: np.ndarray, kind: str = "greedy", *, silence_gap=1, spherical=False, window=None):
+    """A segment tokenizer with the encoder of another; thresholds and centroids are drawn from the frames of a wave."""
+    from speechtok.quantizers.kmeans import KMeans
+    from speechtok.segmenters import Greedy, NormPeaks
+    from speechtok.segmenters.pool import pool
+    from speechtok.tokenizer import Tokenizer
+
+    frames = frames_of(base.encoder, wave)
+    norms = np.linalg.norm(frames, axis=1)
+    alike = (frames[1:] * frames[:-1]).sum(1) / (norms[1:] * norms[:-1])
+    # No whole share: a threshold that is one of the frames' own values would make a tie of it.
+    greedy = Greedy(float(np.quantile(norms, 0.513)), float(np.quantile(alike, 0.313)))
+    segmenter = greedy if kind == "greedy" else NormPeaks()
+    means = pool(frames, segmenter.segment(frames)[0])[:80]
+    if spherical:
+        means /= np.linalg.norm(means, axis=1, keepdims=True)
+    return Tokenizer(
+        base.encoder, KMeans(means, spherical=spherical), name=f"{base.name}-{kind}", segmenter=segmenter,
+        silence_gap=silence_gap if kind == "greedy" else None, window=window or base.window,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bases(clip_wave):
+    """An encoder of each kind: bounded context, chunks, unbounded context."""
+    from speechtok.encoders.mfcc import MfccEncoder
+    from speechtok.frames import WindowRule
+    from speechtok.quantizers.kmeans import KMeans
+    from speechtok.tokenizer import Tokenizer
+
+    mfcc = Tokenizer(MfccEncoder(), KMeans(np.zeros((2, 39))), name="mfcc", window=WindowRule(5.0, 0.3))
+    return {
+        "mfcc": mfcc,
+        "chunked": chunked_tokenizer(clip_wave),
+        "bidirectional": tiny_tokenizer("hubert", clip_wave),
+    }
+
+
+@pytest.fixture(scope="session", params=["mfcc", "chunked", "bidirectional"])
+def any_base(request, bases):
+    return bases[request.param]
+
+
+@pytest.fixture(scope="session", params=["greedy", "norm_peaks"])
+def by_segments(request, any_base, clip_wave):
+    """Segment tokenizers of every kind of encoder."""
+    return segmented(any_base, clip_wave, request.param)
+
+
+@pytest.fixture(scope="session")
+def long_wave(clips) -> np.ndarray:
+    """All clips one behind the other, 23 s."""
+    from speechtok.audio.decode import load
+
+    return np.concatenate([load(path, 16000) for path in sorted(clips.iterdir())])
+
+
 @pytest.fixture(scope="session")
 def speech_files(shared) -> list[Path]:
     """200 real files of mixed length and corpus, the same in every run."""

@@ -17,7 +17,7 @@ FLOORS = [
     {"nn", "audio"},
     {"metrics"},
     {"encoders", "segmenters", "quantizers", "codecs", "vocoders", "lm"},
-    {"bundle"},
+    {"bundle", "canonical", "segments"},
     {"tokenizer"},
     {"streaming"},
     {"enhancement", "hub"},

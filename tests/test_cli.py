@@ -19,6 +19,9 @@ from typer.testing import CliRunner
 import speechtok
 from speechtok.corpus.rows import read_parts
 from speechtok.registry import DEFAULT
+from speechtok.tokenizer import Tokenizer
+
+from .conftest import segmented
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +185,48 @@ def test_stream_raw_and_wav(clip, tokenizer, clip_wave, monkeypatch, capsys):
     status, error = failing(monkeypatch, capsys, "stream")
     assert status == 1
     assert "RIFF" in error
+
+
+@pytest.fixture(scope="module")
+def of_segments(tmp_path_factory, bases, clip_wave):
+    """A bundle whose units are segments."""
+    return segmented(bases["chunked"], clip_wave).save(tmp_path_factory.mktemp("segments") / "tiny")
+
+
+def test_show_segments(tmp_path, clip, of_segments):
+    """The table lists segments as they are; the picture is drawn with silence units in it."""
+    result = run("show", clip, "-t", of_segments, "-o", tmp_path / "a.png", "--json", tmp_path / "a.json")
+    assert result.exit_code == 0
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    facts = json.loads((tmp_path / "a.json").read_text())
+    tokenizer = Tokenizer.load(of_segments)
+    units = tokenizer.encode(clip)
+    silences = int((units.ids == tokenizer.silence_unit).sum())
+    assert [segment["unit"] for segment in facts["segments"]] == units.ids.tolist()
+    assert [segment["start"] for segment in facts["segments"]] == units.starts_seconds.round(4).tolist()
+    assert [segment["frames"] for segment in facts["segments"]] == ((units.ends - units.starts) // 320).tolist()
+    assert (facts["units"], facts["silence units"]) == (len(units), silences)
+    assert silences > 0
+    assert f"{len(units) - 20} more segments" in result.stdout
+
+
+def test_stream_segments(clip, of_segments):
+    units = Tokenizer.load(of_segments).encode(clip)
+    lines = lines_of(
+        run("stream", "-t", of_segments, "--rate", 16000, stdin=soundfile.read(clip, dtype="int16")[0].tobytes())
+    )
+    assert len(lines) > 5
+    for name, expected in (("units", units.ids), ("starts", units.starts_seconds), ("ends", units.ends_seconds)):
+        assert [value for line in lines for value in line[name]] == expected.round(6).tolist()
+    assert all((line["start"], line["end"]) == (line["starts"][0], line["ends"][-1]) for line in lines)
+
+
+def test_verify_segments(tmp_path, clips, of_segments):
+    result = run("verify", clips, "-t", of_segments, "--json", tmp_path / "v.json")
+    facts = json.loads((tmp_path / "v.json").read_text())
+    assert result.exit_code == 0, result.stdout
+    assert [check["files_identical_rate"] for check in facts["checks"]] == [1] * 6
+    assert [check["frames_identical_rate"] for check in facts["checks"]] == [1] * 6
 
 
 def test_streamed_lines_come_before_the_end(clip):

@@ -1,15 +1,23 @@
-"""Continua with formants where they were asked for, morphs with true ends, and the index on known vectors."""
+"""Continua with formants where they were asked for, morphs with true ends, and the index of vectors and encoders."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from speechtok.cli import app
+from typer.testing import CliRunner
 
 from speechtok.audio.decode import load
 from speechtok.audio.formants import FIELDS, speak
 from speechtok.audio.morph import morph
-from speechtok.errors import AudioError, InputError
+from speechtok.encoders.mfcc import MfccEncoder
+from speechtok.encoders.pretrained import build
+from speechtok.encoders.saved import save_encoder
+from speechtok.errors import AudioError, InputError, UnknownNameError
 from speechtok.evaluation.alignments import Span, Utterance, read
+from speechtok.evaluation.categorical import Embedding, compare
 from speechtok.evaluation.continua import (
     CONTRASTS,
     RIMES,
@@ -21,6 +29,10 @@ from speechtok.evaluation.continua import (
     word_pairs,
 )
 from speechtok.metrics.categorical import discriminability_index
+from speechtok.quantizers.kmeans import KMeans
+from speechtok.segmenters import Greedy
+from speechtok.tokenizer import Tokenizer
+from tests.conftest import tiny_encoder
 
 RNG = np.random.default_rng(0)
 
@@ -203,3 +215,78 @@ def test_index_of_functions():
 def test_bad_vectors(vectors, similarity, message):
     with pytest.raises(InputError, match=message):
         discriminability_index(vectors, similarity=similarity)
+
+
+# -- tokenizers and encoders ----------------------------------------------------------------------------------------
+
+
+def frames_of(encoder, wave):
+    with torch.inference_mode():
+        return encoder(torch.from_numpy(wave)[None]).features[0].double().numpy()
+
+
+def test_embedding_is_the_mean_frame(clip_wave):
+    encoder, wave = MfccEncoder(), clip_wave[:16000]
+    frames = frames_of(encoder, wave)
+    assert Embedding(encoder)(wave) == pytest.approx(frames.mean(0), rel=1e-9)
+    units = KMeans(frames[:3].astype(np.float32))
+    assert np.array_equal(Embedding(Tokenizer(encoder, units, name="t"))(wave), Embedding(encoder)(wave))
+    with pytest.raises(InputError, match="shorter than a frame"):
+        Embedding(encoder)(wave[:300])
+
+
+def test_embedding_resamples(clip, clip_wave):
+    tiny = tiny_encoder("hubert")
+    fast = build("hubert", tiny.config_dict() | {"sample_rate": 24000}, 2)
+    fast.load_state_dict(tiny.state_dict())
+    assert Embedding(fast)(clip_wave) == pytest.approx(frames_of(tiny, load(clip, 24000)).mean(0), rel=1e-6)
+
+
+def test_embedding_of_the_voiced_stretch(clip_wave):
+    encoder = MfccEncoder()
+    frames = frames_of(encoder, clip_wave)
+    segmenter = Greedy(float(np.quantile(np.linalg.norm(frames, axis=1), 0.3)), 0.7)
+    tokenizer = Tokenizer(encoder, KMeans(frames[:3].astype(np.float32)), name="t", segmenter=segmenter)
+    embed = Embedding(tokenizer)
+    inside = np.concatenate([np.arange(begin, end) for begin, end in segmenter.segment(frames.astype(np.float32))[0]])
+    assert 0 < len(inside) < len(frames)
+    assert embed(clip_wave) == pytest.approx(frames[inside].mean(0), rel=1e-9)
+    assert embed.unvoiced == 0
+    tokenizer.segmenter = Greedy(1e9)
+    deaf = Embedding(tokenizer)
+    assert deaf(clip_wave) == pytest.approx(frames.mean(0), rel=1e-9)
+    assert deaf.unvoiced == 1
+
+
+def test_compare(tmp_path):
+    save_encoder(tiny_encoder("hubert"), tmp_path / "encoder")
+    told = []
+    names = ["mfcc-k100", f"{tmp_path / 'encoder'}:1"]
+    results = compare(names, limit=3, on_event=told.append)
+    assert [one["tokenizer"] for one in results] == [*names, "log mel", "MFCC"]
+    assert [one["synthetic"]["continua"] for one in results] == [3] * 4
+    assert results[0]["synthetic"] == results[3]["synthetic"]  # its encoder
+    pairs = [(contrast, vowel) for contrast in CONTRASTS for vowel in RIMES][::24]
+    expected = evaluate(lambda wave: frames_of(MfccEncoder(), wave).mean(0), [synthesize(*pair) for pair in pairs])
+    for name in ("cosine", "distance"):
+        assert results[3]["synthetic"][name]["mean"] == pytest.approx(expected[name]["mean"], rel=1e-6)
+    assert all((one["morphed"], one["unvoiced"]) == (None, 0) for one in results)
+    assert told[-1].done == told[-1].total > 0
+    with pytest.raises(InputError, match="nothing is to be measured"):
+        compare([], baselines=False)
+    with pytest.raises(InputError, match="at least 1"):
+        compare([], limit=0)
+    with pytest.raises(UnknownNameError, match="tokenizers are"):
+        compare(["nothing"])
+
+
+def test_continua_command(shared, tmp_path):
+    words = ["--words", str(shared / "speech" / "dev"), "--limit", "2", "--json", str(tmp_path / "facts.json")]
+    done = CliRunner().invoke(app, ["evaluate", "continua", "-t", "mfcc-k100", *words], catch_exceptions=False)
+    assert done.exit_code == 0
+    written = json.loads((tmp_path / "facts.json").read_text())
+    assert [one["tokenizer"] for one in written] == ["mfcc-k100", "log mel", "MFCC"]
+    assert written[0]["morphed"]["continua"] == 2
+    assert written == json.loads(json.dumps(compare(["mfcc-k100"], words=shared / "speech" / "dev", limit=2)))
+    for text in ("Discriminability index", "log mel", "morphed", "by distance", "order alone", "Sylber 0.112"):
+        assert text in done.stdout

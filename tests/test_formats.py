@@ -37,7 +37,7 @@ def frames(key, ids, path=None, samples=16000):
 
 
 def segments(key="seg", ids=(5, 5, 7), durations=(2, 4, 3)):
-    starts, ends = np.array([0.0, 0.1, 0.3]), np.array([0.1, 0.25, 1 / 3])
+    starts, ends = np.array([0.0, 0.1, 0.3])[: len(ids)], np.array([0.1, 0.25, 1 / 3])[: len(ids)]
     return Row(key, f"{key}.wav", 16000, 16000, np.array(ids, np.int32), np.array(durations, np.int32), starts, ends)
 
 
@@ -47,7 +47,13 @@ ROWS = [
     frames("empty", [], samples=1),
     frames("ünï/漢字", [0, 0, 1, 0], samples=12345),
 ]
+WITH_UNITS = [row for row in ROWS if len(row.units)]
 CODEBOOKS = [frames("k/t", [[1, 1, 2], [3, 4, 4]]), frames("k/empty", np.zeros((2, 0)))]
+
+
+def fitting(name):
+    """Rows that a format can hold."""
+    return WITH_UNITS if name == "km" else ROWS
 
 
 def same(left, right):
@@ -62,6 +68,18 @@ def same(left, right):
 
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rows_of_segments():
+    """Neighbours of one id stay apart; spans become seconds and frames."""
+    ids, starts, ends = [5, 5, 7], [40, 1000, 1640], [680, 1640, 1960]
+    units = Units(ids, starts, ends, 16000, 100, "f" * 16)
+    row = Row.from_units("a", "a.wav", 8000, 4000, units, 320)
+    assert (row.units.tolist(), row.durations.tolist(), row.ids.tolist()) == (ids, [2, 2, 1], ids)
+    assert (row.starts * 16000).tolist() == starts
+    assert (row.ends * 16000).tolist() == ends
+    assert row.durations.dtype == row.units.dtype == np.int32
+    assert Row.from_units("a", "a.wav", 8000, 4000, units).units.tolist() == [5, 7], "the tokenizer says what they are"
 
 
 # independent readers
@@ -151,7 +169,7 @@ def test_parquet_parts(tmp_path, monkeypatch):
 
 def test_jsonl(tmp_path):
     odd = frames("new\nline/tab\t/\u2028/\x85", [1], path="new\nline.wav")
-    rows = [*ROWS, segments(), *CODEBOOKS, odd]
+    rows = [*ROWS, segments(), segments("silent", (), ()), *CODEBOOKS, odd]
     (path,) = write("jsonl", rows, tmp_path, DESCRIPTION, "/data")
     text = path.read_text("utf-8")
     assert path.name == "units.jsonl"
@@ -179,22 +197,22 @@ def test_jsonl_with_datasets(tmp_path, monkeypatch):
 
 
 def test_km(tmp_path):
-    paths = write("km", ROWS, tmp_path, DESCRIPTION, "/data")
+    paths = write("km", WITH_UNITS, tmp_path, DESCRIPTION, "/data")
     assert [path.name for path in paths] == ["units.km", "dict.km.txt", "units.tsv"]
     root, names, sizes, labels, symbols = read_hubert(tmp_path)
     assert root == "/data"
-    assert names == [row.path for row in ROWS]
-    assert sizes == [row.num_samples for row in ROWS]
-    assert labels == [row.ids.tolist() for row in ROWS]
+    assert names == [row.path for row in WITH_UNITS]
+    assert sizes == [row.num_samples for row in WITH_UNITS]
+    assert labels == [row.ids.tolist() for row in WITH_UNITS]
     assert symbols == [str(unit) for unit in range(100)]
 
 
 def test_km_manifest_can_be_scanned_again(tmp_path):
-    for row in ROWS:
+    for row in WITH_UNITS:
         (tmp_path / "data" / row.path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / row.path).touch()
-    write("km", ROWS, tmp_path, DESCRIPTION, str(tmp_path / "data"))
-    assert [utterance.key for utterance in scan(tmp_path / "units.tsv").utterances] == [row.key for row in ROWS]
+    write("km", WITH_UNITS, tmp_path, DESCRIPTION, str(tmp_path / "data"))
+    assert [utterance.key for utterance in scan(tmp_path / "units.tsv").utterances] == [row.key for row in WITH_UNITS]
 
 
 def test_km_of_segments_and_of_an_unknown_root(tmp_path):
@@ -209,6 +227,9 @@ def test_km_refuses_what_it_cannot_say(tmp_path):
     for description in ({}, {"vocab_size": "100"}, {"vocab_size": 0}):
         with pytest.raises(FormatError, match="vocab_size"):
             write("km", ROWS, tmp_path, description, "/data")
+    for row in (ROWS[2], segments(ids=(), durations=())):
+        with pytest.raises(FormatError, match="no units"):
+            write("km", [ROWS[0], row], tmp_path, DESCRIPTION, "/data")
     assert files(tmp_path) == {}
 
 
@@ -288,8 +309,8 @@ def test_no_rows(tmp_path, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_same_rows_same_bytes(tmp_path, name):
     for folder in ("one", "two"):
-        write(name, iter(ROWS), tmp_path / folder, DESCRIPTION, "/data")
-    write(name, ROWS, tmp_path / "two", DESCRIPTION, "/data")  # over what is there
+        write(name, iter(fitting(name)), tmp_path / folder, DESCRIPTION, "/data")
+    write(name, fitting(name), tmp_path / "two", DESCRIPTION, "/data")  # over what is there
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert not [path for path in files(tmp_path) if path.endswith(".tmp")]
 
@@ -440,7 +461,7 @@ def test_full_disk(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"out.*No space left"):
-        write(name, ROWS, tmp_path / "out", DESCRIPTION, "/data")
+        write(name, fitting(name), tmp_path / "out", DESCRIPTION, "/data")
     assert files(tmp_path) == {}
 
 
@@ -448,12 +469,12 @@ def test_full_disk(tmp_path, monkeypatch, name):
 def test_output_in_the_way(tmp_path, name):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OutputError, match="out"):
-        write(name, ROWS, tmp_path / "out", DESCRIPTION, "/data")
-    targets = write(name, ROWS, tmp_path / "ok", DESCRIPTION, "/data")
+        write(name, fitting(name), tmp_path / "out", DESCRIPTION, "/data")
+    targets = write(name, fitting(name), tmp_path / "ok", DESCRIPTION, "/data")
     blocked = tmp_path / "dir" / targets[-1].relative_to(tmp_path / "ok")
     (blocked / "x").mkdir(parents=True)
     with pytest.raises(OutputError, match=re.escape(str(blocked))):
-        write(name, ROWS, tmp_path / "dir", DESCRIPTION, "/data")
+        write(name, fitting(name), tmp_path / "dir", DESCRIPTION, "/data")
     assert not [path for path in files(tmp_path / "dir") if path.endswith(".tmp")]
 
 
@@ -484,7 +505,7 @@ def test_files_are_hidden_until_they_are_whole(tmp_path):
 @pytest.mark.parametrize("start", ["parquet", "jsonl"])
 @pytest.mark.parametrize("end", FORMATS)
 def test_convert(tmp_path, start, end):
-    rows = [*ROWS, segments()]
+    rows = [*fitting(end), segments()]
     write(start, rows, tmp_path / "first", DESCRIPTION, "/data")
     write(end, read(tmp_path / "first"), tmp_path / "second", DESCRIPTION, "/data")
     write(end, rows, tmp_path / "direct", DESCRIPTION, "/data")

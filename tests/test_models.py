@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,14 @@ from speechtok.cli import app
 from typer.testing import CliRunner
 
 import speechtok
+from speechtok.encoders.w2v_bert import W2vBertEncoder
+from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import FormatError, InputError, SpeechtokError
-from speechtok.training import cards, models
+from speechtok.training import cards, models, syllable_card
 from speechtok.training.graph import Product, Record, Step, file_hash, ordered, plan, run
-from speechtok.training.recipe import Recipe, named
+from speechtok.training.recipe import Recipe, named, section
+from speechtok.training.sylber import SylberObjective
+from speechtok.training.sylber_config import SylberConfig
 
 # -- the graph --------------------------------------------------------------------------------------------------------
 
@@ -231,29 +236,61 @@ steps = 3
 precision = "float32"
 log_every = 1
 """
+SYLLABLE_RECIPE = """kind = "sylber"
+[model]
+hidden_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 32
+conv_depthwise_kernel_size = 5
+normalization = "stored"
+attention_chunk = 8
+attention_past = 8
+projected_layer = 1
+projection_size = 6
+gated = true
+[objective]
+teacher_layer = 1
+merge_thresholds = [0.0, 0.2]
+[data]
+crop_seconds = [1.28]
+batch_seconds = 5.12
+[perturb]
+noise_probability = 0.2
+[optimizer]
+learning_rate = 1e-2
+[run]
+steps = 20
+precision = "float32"
+log_every = 10
+[restart]
+step = 15
+learning_rate = 1e-3
+"""
+TONE = 0.08  # s
 
 
 def speech(folder: Path, rng: np.random.Generator) -> None:
-    """Four files of tones by two speakers, with times of every tone."""
+    """Four files by two speakers: words of three tones, louder in the middle, with times of every tone."""
     facts, aligned = [], []
     for speaker, pitch in (("one", 1.0), ("two", 1.05)):
         for number in range(2):
             path = f"librispeech/{speaker}-{number}.flac"
-            order = [
-                "SIL",
-                *(tone for middle in rng.permutation(["AA", "T"] * 4) for tone in ("B", middle, "K")),
-                "SIL",
-            ]
-            time = np.arange(RATE // 10) / RATE
+            spoken = [("B", middle, "K") for middle in rng.permutation(["AA", "T"] * 5)] + [("B", "AA", "T")]
+            order = ["SIL", *(tone for word in spoken for tone in word), "SIL"]
+            time = np.arange(round(TONE * RATE)) / RATE
             wave = np.concatenate([0.3 * np.sin(2 * np.pi * TONES[name] * pitch * time) for name in order])
+            wave *= np.sin(np.pi * (np.arange(len(wave)) / RATE / TONE - 1) / 3) ** 2
             (folder / "librispeech").mkdir(parents=True, exist_ok=True)
             soundfile.write(folder / path, wave + rng.normal(0, 1e-3, len(wave)), RATE)
-            phones = [[name, round(i / 10, 1), round((i + 1) / 10, 1)] for i, name in enumerate(order)]
+            edges = [round(TONE * i, 3) for i in range(len(order) + 1)]
+            phones = [[name, *edges[i : i + 2]] for i, name in enumerate(order)]
+            words = [["".join(word), *edges[1 + 3 * i : 5 + 3 * i : 3]] for i, word in enumerate(spoken)]
             facts.append({
                 "path": path, "speaker": speaker, "duration_s": len(wave) / RATE, "licence": "CC-BY-4.0",
                 "source_repo": "someone/something",
             })  # fmt: skip
-            aligned.append({"path": path, "words": [], "phones": phones})
+            aligned.append({"path": path, "words": words, "phones": phones})
     for name, lines in (("metadata", facts), ("alignments", aligned)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -263,6 +300,8 @@ class Toy:
         self.places = models.Places(root / "data", root / "checkout", root / "runs")
         self.recipe = root / "w2vbert-mini-toy.toml"
         self.recipe.write_text(RECIPE)
+        self.syllable_recipe = root / "sylber-mini-toy.toml"
+        self.syllable_recipe.write_text(SYLLABLE_RECIPE)
         (self.places.root / "assets").mkdir(parents=True)
         rng = np.random.default_rng(0)
         for split in ("train", "dev", "eval"):
@@ -282,8 +321,8 @@ class Toy:
 
     def steps(self, **options) -> list[Step]:
         choices = models.Choices(
-            self.recipe, few=4, many=6, sample_frames=800, encoder_sample_frames=400, iterations=3, restarts=1,
-            sweep_every=2,
+            self.recipe, self.syllable_recipe, few=4, many=6, syllables=5, sample_frames=800,
+            encoder_sample_frames=400, iterations=3, restarts=1, sweep_every=2, continua=2,
         )  # fmt: skip
         return models.steps(self.places, choices, **options)
 
@@ -298,21 +337,33 @@ class Toy:
         return self.places.root.joinpath("assets", *parts)
 
 
+class Copy(Toy):
+    """The same data and choices at other places."""
+
+    def __init__(self, toy: Toy, places: models.Places) -> None:
+        self.places, self.recipe, self.syllable_recipe = places, toy.recipe, toy.syllable_recipe
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     made = Toy(tmp_path_factory.mktemp("toy"))
-    assert made.run()[0] == "mfcc-k4"
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        # Frames of an encoder of three steps fall apart whatever the thresholds.
+        patch.setattr("speechtok.evaluation.boundaries.RATES", (1.0, 50.0))
+        assert made.run()[0] == "mfcc-k4"
+        yield made
     torch.set_num_threads(threads)
 
 
-SHIPPED = ["mfcc-k4", "mfcc-k6", "w2vbert-mini", "w2vbert-mini-k4"]
+SHIPPED = ["mfcc-k4", "mfcc-k6", "w2vbert-mini", "w2vbert-mini-k4"]  # of frames
 
 
 def test_all_shipped_models_come_out(toy):
-    assert sorted(path.parent.name for path in toy.asset().glob("*/tokenizer.json")) == SHIPPED
+    assert sorted(path.parent.name for path in toy.asset().glob("*/tokenizer.json")) == sorted(
+        [*SHIPPED, "sylber-mini"]
+    )
     entries = models.record(toy.places).entries
     layer = entries["w2vbert-mini-layer"]["facts"]["layer"]
     assert [row["layer"] for row in entries["w2vbert-mini-layer"]["facts"]["sweep"]] == [1, 2]
@@ -367,6 +418,80 @@ def test_tables_and_cards_say_the_same(toy):
     assert not toy.asset("mfcc-k4", "CREDITS.md").exists()
 
 
+def eval_table(toy, kind: str) -> list[dict]:
+    return json.loads((toy.places.root / "benchmarks" / "results" / f"{kind}_sylber-mini.json").read_text())
+
+
+def test_syllables_come_out(toy):
+    entries = models.record(toy.places).entries
+    tokenizer = speechtok.load(toy.asset("sylber-mini"))
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.silence_unit) == ("sylber-mini", 6, 5)
+    assert (tokenizer.silence_gap, tokenizer.licence) == (7, "Apache-2.0")
+    assert tokenizer.quantizer.spherical
+    assert tokenizer.encoder.exact_stream
+    assert tokenizer.training["encoder"] == {
+        "recipe": "sylber-mini-toy", "steps": 20, "hours": pytest.approx(20 * 5.12 / 3600),
+    }  # fmt: skip
+    chosen = entries["sylber-mini-thresholds"]["facts"]
+    assert tokenizer.segmenter.config_dict() == chosen["setting"]
+    scores = [one["r_value"] for one in chosen["tried"] if one["r_value"] is not None]
+    assert len(chosen["tried"]) == 8 * 7
+    assert max(scores) == next(one["r_value"] for one in chosen["tried"] if one["setting"] == chosen["setting"])
+    # It heard the log-mel frames of the first encoder's run, and began with its weights.
+    runs = [next(toy.places.runs.glob(f"{name}-toy-*")) for name in ("w2vbert-mini", "sylber-mini")]
+    frames = [run / "mels" / "train" / "frames.f16" for run in runs]
+    assert frames[0].samefile(frames[1])
+    assert not (runs[0] / "mels" / ".lock").samefile(runs[1] / "mels" / ".lock")
+    begun = json.loads((runs[1] / "beginning.json").read_text())["init"]
+    assert file_hash(runs[0] / "encoder" / "encoder.safetensors").startswith(begun)
+
+
+def test_tables_and_card_of_syllables_say_the_same(toy):
+    rows = eval_table(toy, "syllables")
+    names = [row["tokenizer"] for row in rows]
+    assert names[:3] == ["sylber-mini", "w2vbert-mini+greedy", "w2vbert-mini+min-cut"]
+    assert names[3].startswith("uniform-")
+    assert names[4:] == ["energy", "energy-onsets"]
+    assert {row["data"] for row in rows} == {"eval"}
+    assert {row["conventions"]["shift_from"] for row in rows} == {"best R on dev"}
+    own = rows[0]["groups"]["native"]
+    tokenizer = speechtok.load(toy.asset("sylber-mini"))
+    assert rows[0]["facts"]["fingerprint"] == tokenizer.fingerprint
+    files = sorted((toy.places.data / "speech" / "eval" / "librispeech").glob("*.flac"))
+    counted = sum(len(units.ids) for units in tokenizer.encode_batch(files))
+    seconds = sum(soundfile.info(file).duration for file in files)
+    cost = own["units"]["cost"]
+    assert cost["tokens_per_second"] == pytest.approx(counted / seconds)
+    card = toy.asset("sylber-mini", "README.md").read_text()
+    for row in rows:
+        found = row["groups"]["native"]
+        line = next(line for line in card.splitlines() if line.startswith(f"| {row['tokenizer']} | native |"))
+        cells = [cell.strip() for cell in line.split("|")[3:-1]]
+        figures = [found["sdhubert"][name] for name in ("precision", "recall", "f1", "over_segmentation", "r_value")]
+        said = found["units"]["iou"] if found["units"] else {}
+        figures += [said.get(name) for name in ("syllable_purity", "cluster_purity", "snmi")]
+        told = ["-" if value is None else f"{100 * value:.1f}" for value in figures]
+        assert cells == [f"{found['segments_per_second']:.2f}", *told]
+    chosen = models.record(toy.places).entries["sylber-mini-thresholds"]["facts"]["setting"]
+    for text in (
+        f"{cost['tokens_per_second']:.2f} (", "| 6, the last of them silence |",
+        f"{cost['nominal_bitrate']:.0f} nominal, {cost['entropy_bitrate']:.0f} by",
+        f"{cost['entropy_bitrate_with_timing']:.0f} by the entropy of units, durations", tokenizer.fingerprint,
+        f"length {chosen['norm_threshold']:g}, cosine {chosen['merge_threshold']:g}", "2410.07168", "](curves.png)",
+        "*Sylber, as published* | *other data* | *3.76*", "20 steps", "recipe `sylber-mini-toy`", "make models",
+        "CC-BY-4.0", "CREDITS.md", "more than 140 ms",
+    ):  # fmt: skip
+        assert text in card
+    assert "train maker" in toy.asset("sylber-mini", "CREDITS.md").read_text()
+    # Where the toy lies is nobody's business.
+    assert str(toy.places.root) not in card + json.dumps(rows)
+    continua = eval_table(toy, "continua")
+    assert [row["tokenizer"] for row in continua] == ["sylber-mini", "w2vbert-mini", "log mel", "MFCC"]
+    for row in continua:
+        for kind in ("synthetic", "morphed"):
+            assert f"| {kind} | {row[kind]['continua']} | {row[kind]['cosine']['mean']:.3f} |" in card
+
+
 def test_nothing_is_done_twice(toy):
     assert toy.plan() == {}
     assert toy.run() == []
@@ -377,16 +502,28 @@ def test_nothing_is_done_twice(toy):
 
 
 def test_each_change_reaches_what_depends_on_it(toy):
-    learned = {name for name in (step.name for step in toy.steps()) if "w2vbert" in name}
+    learned = {name for name in (step.name for step in toy.steps()) if "w2vbert" in name or "sylber" in name}
     toy.recipe.write_text(RECIPE.replace("steps = 3", "steps = 4"))
     changed = toy.plan()
     assert set(changed) == learned
     assert changed["w2vbert-mini-encoder"] == "settings changed (recipe)"
     toy.recipe.write_text(RECIPE)
+    toy.syllable_recipe.write_text(SYLLABLE_RECIPE.replace("steps = 20", "steps = 21"))
+    changed = toy.plan()
+    assert changed["sylber-mini-encoder"] == "settings changed (recipe)"
+    assert set(changed) == {name for name in learned if "sylber" in name}
+    toy.syllable_recipe.write_text(SYLLABLE_RECIPE)
+    listing = toy.places.data / "speech" / "dev" / "alignments.jsonl"
+    text = listing.read_text()
+    listing.write_text(text.replace('"AA"', '"AE"'))
+    assert {"sylber-mini-thresholds", "sylber-mini", "card_sylber-mini"} <= set(toy.plan())
+    assert "sylber-mini-encoder" not in toy.plan()  # learns nothing from alignments
+    listing.write_text(text)
     labels = toy.places.data / "speech" / "eval" / "alignments.jsonl"
     text = labels.read_text()
     labels.write_text(text.replace('"AA"', '"AE"'))
-    assert {name.split("_")[0] for name in toy.plan()} == {"units", "abx", "card", "logmel-k4", "logmel-k6"}
+    measured = {"units", "abx", "card", "logmel-k4", "logmel-k6", "syllables", "continua"}
+    assert {name.split("_")[0] for name in toy.plan()} == measured
     labels.write_text(text)
     sound = toy.places.data / "speech" / "train" / "librispeech" / "more.flac"
     shutil.copy(sound.with_name("one-0.flac"), sound)
@@ -395,8 +532,48 @@ def test_each_change_reaches_what_depends_on_it(toy):
     assert toy.plan() == {}
 
 
+def test_an_encoder_of_syllables_is_given(toy, tmp_path):
+    """A copy of the checkout, so that other tests find what they left."""
+    places = models.Places(toy.places.data, tmp_path / "checkout", tmp_path / "runs")
+    shutil.copytree(toy.places.root, places.root)
+    shutil.copytree(toy.places.runs, places.runs)
+    entries = models.record(toy.places).entries
+
+    def folder(step: str) -> Path:
+        return (places.runs / next(name for name in entries[step]["files"] if name.endswith(".json"))).parent
+
+    trained, given = folder("sylber-mini-encoder"), tmp_path / "better" / "encoder"
+    shutil.copytree(trained.parent, given.parent)
+    weights = load_file(given / "encoder.safetensors")
+    save_file({name: tensor * 1.25 for name, tensor in weights.items()}, given / "encoder.safetensors")
+    toy = Copy(toy, places)
+    planned = toy.plan(syllable_encoder=given)
+    assert planned["sylber-mini-encoder"] == "another encoder.safetensors is given"
+    assert "w2vbert-mini-layer" not in planned
+    # The record says with what the first encoder came out; the run began with that, or is refused.
+    beginning = given.parent / "beginning.json"
+    begun = json.loads(beginning.read_text())
+    first = file_hash(folder("w2vbert-mini-encoder") / "encoder.safetensors")
+    for init in ("0" * 16, None):
+        beginning.write_text(json.dumps(begun | {"init": init}))
+        with pytest.raises(SpeechtokError, match="another encoder than that of step w2vbert-mini-encoder"):
+            toy.run("sylber-mini-encoder", syllable_encoder=given)
+    beginning.write_text("[]")
+    with pytest.raises(SpeechtokError, match="beginning.json is damaged"):
+        toy.run("sylber-mini-encoder", syllable_encoder=given)
+    beginning.write_text(json.dumps(begun | {"init": first[:16]}))
+    assert toy.run("sylber-mini-encoder", syllable_encoder=given) == ["sylber-mini-encoder"]
+    assert "sylber-mini-encoder" not in toy.plan()
+    assert file_hash(folder("sylber-mini-encoder") / "encoder.safetensors") == file_hash(given / "encoder.safetensors")
+    # Without its configuration nothing is claimed of it, and the recipe would replace it.
+    (given.parent / "config.json").unlink()
+    beginning.write_text(json.dumps(begun | {"init": "0" * 16}))
+    assert toy.run("sylber-mini-encoder", syllable_encoder=given) == ["sylber-mini-encoder"]
+    assert "settings changed" in toy.plan()["sylber-mini-encoder"]
+
+
 def test_another_encoder_takes_the_place_of_the_old_one(toy, tmp_path):
-    run = next(path.parent for path in toy.places.runs.glob("*/encoder"))
+    run = next(path.parent for path in toy.places.runs.glob("w2vbert-mini-toy-*/encoder"))
     given = tmp_path / "better" / "encoder"
     shutil.copytree(run / "encoder", given)
     for name in ("config.json", "metrics.jsonl"):
@@ -417,8 +594,9 @@ def test_another_encoder_takes_the_place_of_the_old_one(toy, tmp_path):
     (given.parent / "config.json").unlink()
     assert toy.run("w2vbert-mini-encoder", encoder=given) == ["w2vbert-mini-encoder"]
     assert "settings changed" in toy.plan()["w2vbert-mini-encoder"]
-    with pytest.raises(InputError, match="no encoder.json"):
-        toy.steps(encoder=tmp_path)
+    for option in ("encoder", "syllable_encoder"):
+        with pytest.raises(InputError, match="no encoder.json"):
+            toy.steps(**{option: tmp_path})
 
 
 def test_cards_refuse_tables_of_another_tokenizer(toy):
@@ -430,6 +608,27 @@ def test_cards_refuse_tables_of_another_tokenizer(toy):
         cards.Figures.read(results / "abx_mfcc-k6.json", results / "units_mfcc-k6.json")
     with pytest.raises(InputError, match="metadata.jsonl"):
         cards.corpora(toy.places.root)
+
+
+def test_the_card_of_syllables_refuses_tables_of_another_tokenizer(toy, tmp_path):
+    results = toy.places.root / "benchmarks" / "results"
+    tables = [results / f"{kind}_sylber-mini.json" for kind in ("syllables", "continua")]
+    origin = cards.Origin("toy", {}, {})
+
+    def write(syllables: Path, continua: Path) -> None:
+        syllable_card.write_card(toy.asset("sylber-mini"), syllables, continua, [], "make models", origin, [])
+
+    with pytest.raises(FormatError, match="no tables of .*sylber-mini.*make them anew"):
+        write(*tables[::-1])
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(tables[1].read_text())[1:]))
+    with pytest.raises(FormatError, match="first row is that of w2vbert-mini"):
+        write(tables[0], other)
+    rows = json.loads(tables[0].read_text())
+    rows[0]["facts"]["fingerprint"] = "123"
+    other.write_text(json.dumps(rows))
+    with pytest.raises(FormatError, match="made with 123; make it anew"):
+        write(other, tables[1])
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -467,4 +666,14 @@ def test_shipped_recipes_are_whole():
     for size in ("cpu", "gpu"):
         recipe = Recipe.read(f"w2vbert-mini-{size}", "w2v-bert")
         assert recipe.model["normalization"] == "stored"
-    assert {"w2vbert-mini-cpu", "w2vbert-mini-gpu"} <= set(named())
+        # The encoder of syllables of that size can begin with it, and takes its projected layer as the first teacher.
+        config = section(W2vBertConfig, recipe.model, "model")
+        projected = {"projected_layer": recipe.objective["contrastive_blocks"]}
+        first = W2vBertEncoder(replace(config, **projected, projection_size=recipe.objective["final_dim"]))
+        other = Recipe.read(f"sylber-mini-{size}", "sylber")
+        model, settings = (section(W2vBertConfig, other.model, "model"), section(SylberConfig, other.objective, "o"))
+        assert settings.teacher_layer == first.config.projected_layer
+        assert other.data.speeds == recipe.data.speeds  # so that frames are decoded once
+        teacher = W2vBertEncoder(first.config, settings.teacher_layer)
+        SylberObjective(model, settings, teacher, perturb_config=other.perturb).begin_with(first)
+    assert {f"{name}-mini-{size}" for name in ("w2vbert", "sylber") for size in ("cpu", "gpu")} <= set(named())

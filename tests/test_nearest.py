@@ -139,6 +139,87 @@ def test_margin_bounds_scaled_frames_too():
     assert room <= 1.001e-4
 
 
+def directions(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+@pytest.mark.parametrize("standardized", [False, True])
+def test_spherical_is_the_largest_cosine(standardized):
+    rng = np.random.default_rng(1)
+    rows = (rng.standard_normal((1000, 12)) * rng.uniform(1e-3, 1e3, (1000, 1))).astype(np.float32)
+    centroids = rng.standard_normal((60, 12))
+    centroids = (centroids / np.linalg.norm(centroids, axis=1, keepdims=True)).astype(np.float32)
+    statistics = (rows.mean(0), rows.std(0)) if standardized else (None, None)
+    scaled = (rows.astype(float) - rows.mean(0)) / rows.std(0) if standardized else rows.astype(float)
+    quantizer = KMeans(centroids, *statistics, spherical=True)
+    expected = np.argmax(scaled @ centroids.T.astype(float), 1)
+    found = quantizer(torch.from_numpy(rows)[None]).ids[0, 0].numpy()
+    np.testing.assert_array_equal(found, expected)
+    # The length of frames has no say, without the flag it has.
+    if not standardized:
+        longer = torch.from_numpy(rows * rng.uniform(0.1, 10, (1000, 1)).astype(np.float32))[None]
+        np.testing.assert_array_equal(quantizer(longer).ids[0, 0].numpy(), expected)
+        unscaled = KMeans(centroids + 0.3, *statistics)
+        assert not torch.equal(unscaled(longer).ids, unscaled(torch.from_numpy(rows)[None]).ids)
+    again = KMeans.from_tensors(quantizer.state_dict(), spherical=True)
+    assert again.config_dict() == quantizer.config_dict()
+    np.testing.assert_array_equal(again(torch.from_numpy(rows)[None]).ids[0, 0].numpy(), expected)
+
+
+def test_spherical_is_what_sklearn_finds_for_unit_rows():
+    rng = np.random.default_rng(2)
+    rows = rng.standard_normal((3000, 16))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    model = SklearnKMeans(40, n_init=1, max_iter=5, random_state=0).fit(rows)
+    model.cluster_centers_ /= np.linalg.norm(model.cluster_centers_, axis=1, keepdims=True)
+    found = KMeans(model.cluster_centers_, spherical=True)(torch.from_numpy(5 * rows)[None]).ids[0, 0].numpy()
+    np.testing.assert_array_equal(found, model.predict(rows))
+
+
+@pytest.mark.parametrize("standardized", [False, True])
+def test_spherical_margin_is_what_a_frame_can_move(standardized):
+    """As above; the worst direction is the tangent of the sphere towards the second centroid."""
+    torch.manual_seed(3)
+    centroids = directions(20, 5)
+    mean, scale = (torch.randn(5), torch.rand(5) + 0.5) if standardized else (None, None)
+    quantizer = KMeans(centroids, mean, scale, spherical=True)
+    rows = torch.randn(1, 300, 5) * torch.logspace(-2, 2, 300)[None, :, None]
+    codes = quantizer(rows)
+    room = codes.margins[0] * rows[0].norm(dim=1)
+    for _ in range(50):
+        step = directions(300, 5) * room[:, None] * 0.999
+        assert torch.equal(quantizer(rows + step).ids, codes.ids)
+    if standardized:
+        return
+    length = rows[0].norm(dim=1, keepdim=True).double()
+    unit = rows[0].double() / length
+    normal = (centroids[(unit @ centroids.T.double()).topk(2).indices].double() * torch.tensor([[-1], [1]])).sum(1)
+    # The plane between both centroids goes through the origin: the shortest way to it is along its normal.
+    normal = torch.nn.functional.normalize(normal, dim=1)
+    way = -(rows[0].double() * normal).sum(1, keepdim=True)
+    moved = (rows[0] + way * normal * 1.001).float()[None]
+    assert (quantizer(moved).ids != codes.ids).float().mean() > 0.95
+    assert bool((way[:, 0] >= room * 0.999).all())
+    assert float((room / way[:, 0]).median()) > 0.3  # and the bound is of use
+
+
+def test_spherical_edges():
+    quantizer = KMeans(np.eye(3), spherical=True)
+    codes = quantizer(torch.tensor([[[0.0, 0, 0], [0, 0, 1e-30], [1, 1, 0]]]))
+    assert codes.ids.tolist() == [[[0, 2, 0]]]
+    assert codes.margins[0, [0, 2]].tolist() == [0, 0]
+    alone = KMeans([[1.0, 0]], spherical=True)(torch.ones(1, 2, 2))
+    assert bool((alone.margins >= 1).all())
+    with pytest.raises(FormatError, match="length 1"):
+        KMeans([[1.0, 1]], spherical=True)
+
+
+def test_the_configuration_of_other_quantizers_is_as_it_was():
+    """Fingerprints of tokenizers are made of it."""
+    assert KMeans(np.eye(2)).config_dict() == {"clusters": 2, "dim": 2, "standardized": False}
+    assert KMeans(np.eye(2), spherical=True).config_dict()["spherical"] is True
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

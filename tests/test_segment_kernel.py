@@ -10,10 +10,13 @@ import numba
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from speechtok.benchmarks.segmentation import syllables
 
 from speechtok.errors import InputError
 from speechtok.kernels import segment_cpu
-from speechtok.kernels.segment import segment, segment_reference
+from speechtok.kernels.segment import decisions_reference, segment, segment_one, segment_reference
 
 ORACLE = Path(__file__).resolve().parents[1] / ".venv" / "oracles" / "sylber" / "utils" / "segment_utils.py"
 NORM_THRESHOLDS = (0, 0.5, 1, 2.6)
@@ -224,3 +227,144 @@ def test_triton_on_a_gpu():
     found = segment(torch.from_numpy(np.concatenate(frames)).cuda(), offsets.cuda(), 1.0, 0.8)
     for each, spans in zip(frames, found, strict=True):
         np.testing.assert_array_equal(spans.cpu().numpy(), segment_reference(each, 1.0, 0.8))
+
+
+# Near-ties
+
+
+def moved(rng, frames, slack, kind):
+    """Frames that differ by hardly less than `slack`: each its own way, stretches of them sideways, or in length."""
+    if kind == "noise":
+        step = rng.standard_normal(frames.shape)
+    elif kind == "stretches":
+        step = np.repeat(rng.standard_normal(frames.shape), rng.integers(1, 12), 0)[: len(frames)]
+        step -= frames * (step * frames).sum(1, keepdims=True) / np.maximum((frames**2).sum(1, keepdims=True), 1e-30)
+    else:
+        step = frames * rng.choice([-1, 1], (len(frames), 1))
+    norms = np.linalg.norm(frames.astype(float), axis=1, keepdims=True)
+    size = (slack * 0.999 - 6e-8) * norms / np.maximum(np.linalg.norm(step, axis=1, keepdims=True), 1e-30)
+    return (frames + step * size).astype(np.float32)
+
+
+def close_call(rng, width, slack):
+    """Frames and settings of which one threshold is about as far from some decision as the slack may bring it."""
+    frames = piecewise(rng, rng.integers(1, 60), width)
+    thresholds = {"norm": float(rng.choice(NORM_THRESHOLDS)), "merge": float(rng.choice(MERGE_THRESHOLDS))}
+    mode = str(rng.choice(["package", "reset"]))
+    decisions = decisions_reference(frames, *thresholds.values(), mode, slack)[1]
+    kind = rng.choice(sorted({kind for kind, *_ in decisions} - {"split"}))
+    _, distance, bound = [each for each in decisions if each[0] == kind][
+        rng.integers(sum(kind == k for k, *_ in decisions))
+    ]
+    if np.isfinite(distance):
+        thresholds["norm" if kind == "norm" else "merge"] += distance + bound * rng.uniform(-2, 2)
+    return frames, *map(float, thresholds.values()), mode  # numpy's own scalars would not be compared in float32
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([1, 2, 3, 8, 64, 300]), st.floats(-5.7, -1.5))
+def test_what_is_no_near_tie_holds(seed, width, exponent):
+    rng, slack = np.random.default_rng(seed), 10**exponent
+    frames, *setting = close_call(rng, width, slack)
+    spans, tied = segment_one(frames, *setting, slack)
+    expected, decisions = decisions_reference(frames, *setting, slack)
+    np.testing.assert_array_equal(spans, expected)
+    # Both sides compute bounds in float64, but lengths of vectors not alike.
+    if all(abs(abs(distance) / bound - 1) > 1e-5 for _, distance, bound in decisions):
+        assert tied == any(not abs(distance) > bound for _, distance, bound in decisions)
+    if not tied:
+        for kind in ("noise", "stretches", "stretches", "lengths"):
+            for _ in range(5):
+                np.testing.assert_array_equal(segment_one(moved(rng, frames, slack, kind), *setting)[0], spans)
+
+
+def test_near_ties_are_not_said_lightly():
+    """Of the near-ties that the search above finds, most turn when frames are moved at random."""
+    turned = []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        frames, *setting = close_call(rng, 2, 1e-3)
+        spans, tied = segment_one(frames, *setting, 1e-3)
+        if tied:
+            others = [moved(rng, frames, 1e-3, kind) for kind in ("stretches", "lengths") for _ in range(15)]
+            turned.append(any(not np.array_equal(segment_one(other, *setting)[0], spans) for other in others))
+    assert len(turned) > 50
+    assert np.mean(turned) > 0.5
+
+
+def at(*degrees, length=3.0):
+    angles = np.deg2rad(degrees)
+    return (length * np.stack([np.cos(angles), np.sin(angles)], 1)).astype(np.float32)
+
+
+def between(angle):
+    """The last frame of the left segment lies at this angle; the first four at 0, the right segment at 65 degrees."""
+    return at(0, 0, 0, 0, angle, 65, 65, 65)
+
+
+def middle():
+    """Angle at which that frame is as like to the mean of the one as to that of the other segment, by bisection."""
+    low, high = 0.0, 60.0
+    for _ in range(60):
+        angle = (low + high) / 2
+        frames = between(angle).astype(float)
+        p, q = (frames[4] @ mean / np.linalg.norm(mean) for mean in (frames[:5].mean(0), frames[5:].mean(0)))
+        low, high = (angle, high) if p > q else (low, angle)
+    return low
+
+
+def turning(kind, degrees):
+    """Frames of which one decision of this kind is `degrees` from turning, and all others are far from it."""
+    edge = np.rad2deg(np.arccos(0.8))
+    match kind:
+        case "norm":
+            return at(0, 0, 0) * np.float32([[1], [2.6 / 3 * (1 + np.deg2rad(degrees))], [1]])
+        case "centre":
+            return at(0, 0, edge + degrees, 70)
+        case "merge":
+            # Begins far enough away to split and turns back; the mean of the right side lies at the edge.
+            return at(0, 0, edge + degrees + 9, edge + degrees - 9)
+        case "split":
+            return between(middle() + degrees)
+
+
+@pytest.mark.parametrize("kind", ["norm", "centre", "merge", "split"])
+def test_each_kind_of_decision_is_watched(kind):
+    for degrees in (2e-5, -2e-5):
+        frames = turning(kind, degrees)
+        assert segment_one(frames, 2.6, 0.8, "reset", 1e-6)[1], degrees
+        close = [which for which, distance, bound in decisions_reference(frames, 2.6, 0.8, "reset", 1e-6)[1]
+                 if not abs(distance) > bound]  # fmt: skip
+        assert set(close) == {kind}
+    sides = [segment_one(turning(kind, degrees), 2.6, 0.8, "reset", 1e-6) for degrees in (0.02, -0.02)]
+    assert not any(tied for _, tied in sides)
+    assert not np.array_equal(sides[0][0], sides[1][0])
+
+
+def test_without_slack_nothing_is_a_near_tie():
+    frames = np.repeat(at(0, 0, 36.8699, 90), 4, 0)
+    for threshold in (2.6, float(np.linalg.norm(frames[0]))):
+        spans, tied = segment_one(frames, threshold, 0.8)
+        np.testing.assert_array_equal(spans, segment_reference(frames, threshold, 0.8))
+        assert not tied
+        assert decisions_reference(frames, threshold, 0.8)[1] == []
+
+
+def test_near_ties_are_rare_in_frames_like_sylbers():
+    tied = [segment_one(syllables(10, seed), 2.6, 0.8, "reset", 1e-6)[1] for seed in range(50)]
+    assert sum(tied) <= 1
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 100, 128, 129, 768, 1000])
+def test_roundings_stay_below_their_bound(width):
+    from speechtok.kernels.segment_ties import dot_rounding
+
+    bounds, pairs, _ = segment_cpu.tree(width)
+    parts = np.empty(len(bounds) - 1, np.float32)
+    rows = np.random.default_rng(width).random((200, width), np.float32)
+    found = [float(segment_cpu._dot(row, rows[0], bounds, pairs, parts)) for row in rows]
+    exact = (rows.astype(np.float64) * rows[0].astype(np.float64)).sum(1)
+    error = np.abs(found - exact) / exact
+    assert error.max() <= dot_rounding(bounds, pairs)
+    # Every number is added to something: no bound below one operation per halving would do.
+    assert dot_rounding(bounds, pairs) >= 2.0**-24 * (1 + np.log2(width))

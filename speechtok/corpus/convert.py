@@ -44,7 +44,7 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], output_
         raise OutputError(f"{out} is not empty; choose a new folder")
     description = read_description(source)
     for row in formats.read(source):
-        reason = formats.check_name(output_format, row.key, row.path)
+        reason = formats.check_units(output_format, row)
         if reason is not None:
             raise InputError(f"{row.key!r} cannot be stored as {output_format}: {reason}; choose another format")
     # What is written here is no job's output: nothing can be resumed, and errors.jsonl stays where it is.

@@ -147,6 +147,7 @@ def _run_shards(
     *,
     batch_seconds: float,
     decode_threads: int,
+    no_units: str,
     on_progress: Callable[[float], None],
 ) -> Iterator[ShardResult]:
     """Run shards one after the other; the next one is decoded while this one is encoded."""
@@ -154,15 +155,16 @@ def _run_shards(
     def decoder(index: int) -> Decoder | None:
         if index >= len(shards):
             return None
-        encoder = tokenizer.encoder
-        return Decoder(shards[index], encoder.grid, tokenizer.window, decode_threads, encoder.context)
+        return Decoder(shards[index], tokenizer.encoder.grid, tokenizer.window, decode_threads, tokenizer.context)
 
     following = decoder(0)
     try:
         for index in range(len(shards)):
             current, following = following, decoder(index + 1)
             if current is not None:
-                yield run_shard(tokenizer, current, batch_seconds=batch_seconds, on_progress=on_progress)
+                yield run_shard(
+                    tokenizer, current, batch_seconds=batch_seconds, on_progress=on_progress, no_units=no_units
+                )
     finally:
         if following is not None:
             following.close()
@@ -253,7 +255,8 @@ def tokenize(
         0 < value < float("inf") for value in (batch_seconds, 1.0 if shard_seconds is None else shard_seconds)
     ):
         raise InputError("workers, batch_seconds and shard_seconds must be positive and finite")
-    options = _Options(*rank_and_world(rank, world), workers, device, batch_seconds, decode_threads)
+    no_units = formats.FORMATS[output_format].no_units
+    options = _Options(*rank_and_world(rank, world), workers, device, batch_seconds, decode_threads, no_units)
     loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load(tokenizer)
     usable_device(device)
     on_event(Event("scan", 0, 0))
@@ -284,7 +287,7 @@ def tokenize(
 
 @dataclass(frozen=True)
 class _Options:
-    """How a job is run; nothing here changes its output."""
+    """How a job is run; but for `no_units`, which follows from the format, nothing here changes its output."""
 
     rank: int
     world: int
@@ -292,10 +295,11 @@ class _Options:
     device: str
     batch_seconds: float
     decode_threads: int | None
+    no_units: str
 
     def shard_options(self) -> dict[str, Any]:
         threads = self.decode_threads or min(4, os.cpu_count() or 1)
-        return {"batch_seconds": self.batch_seconds, "decode_threads": threads}
+        return {"batch_seconds": self.batch_seconds, "decode_threads": threads, "no_units": self.no_units}
 
 
 def _without(listing: Listing, out: Path) -> Listing:

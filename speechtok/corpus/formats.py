@@ -1,4 +1,9 @@
-"""Formats of units: what each can hold, writing them, and reading back those that keep everything."""
+"""Formats of units: what each can hold, writing them, and reading back those that keep everything.
+
+Of segments, parquet, jsonl and webdataset keep units, times and lengths in frames. textless and slamkit keep units and
+lengths, but not the silence between segments, so no times; km, npy and kaldi keep units only. km refuses sounds that
+have no segments.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +22,7 @@ from speechtok.corpus.sources import key_problem, text_problem
 from speechtok.corpus.writers import Context
 from speechtok.errors import FormatError, InputError, SpeechtokError
 
-__all__ = ["FORMATS", "Format", "check_name", "read", "write"]
+__all__ = ["FORMATS", "Format", "check_name", "check_units", "read", "write"]
 
 _REQUIRED = ("key", "path", "sample_rate", "num_samples", "units")
 _MEND = "rename the file or use parquet or jsonl"
@@ -86,6 +91,8 @@ class Format:
         ``(rows, folder, context) -> paths``.
     check : callable
         ``(key, path) -> reason`` why the names cannot be stored, or None.
+    no_units : str
+        Why a row without units (a sound without segments) cannot be stored; empty where it can.
     files : tuple of str
         Patterns of the files it writes; none where they are a tree named after the keys.
     """
@@ -95,6 +102,7 @@ class Format:
     codebooks: bool
     writer: Callable[[Iterable[Row], Path, Context], list[Path]]
     check: Callable[[str, str], str | None] = _any_name
+    no_units: str = ""
     files: tuple[str, ...] = ()
 
 
@@ -119,6 +127,8 @@ _ALL = (
         codebooks=False,
         writer=writers.write_km,
         check=_km_name,
+        no_units="it has no units, and an empty line of a .km file is silently wrong for its readers; "
+        "use parquet or jsonl",
         files=("units.km", "dict.km.txt", "units.tsv"),
     ),
     Format(
@@ -181,6 +191,11 @@ def check_name(format: str, key: str, path: str) -> str | None:  # noqa: A002
     return problem or _format(format).check(key, path)
 
 
+def check_units(format: str, row: Row) -> str | None:  # noqa: A002
+    """Reason why the key, path or units of this row cannot be stored in the format, or None; raises as `check_name`."""
+    return check_name(format, row.key, row.path) or (None if row.units.size else _format(format).no_units or None)
+
+
 def _check_row(row: Row) -> str:
     """Why the fields of a row do not fit together, or ''."""
     if row.sample_rate < 1 or row.num_samples < 0:
@@ -210,7 +225,7 @@ def _check_row(row: Row) -> str:
 
 def _storable(entry: Format, rows: Iterable[Row], vocab_size: int | None) -> Iterator[Row]:
     for row in rows:
-        problem = check_name(entry.name, row.key, row.path) or _check_row(row)
+        problem = check_units(entry.name, row) or _check_row(row)
         if problem:
             raise FormatError(f"the row {row.key!r} cannot be stored as {entry.name}: {problem}")
         if vocab_size is not None and row.units.size and int(row.units.max()) >= vocab_size:

@@ -44,7 +44,8 @@ class Row:
     sample_rate, num_samples : int
         Of the source file.
     units : int32 [R]
-        Run-length coded ids; with several codebooks the flattened ``[K, T]`` ids, row-major.
+        Run-length coded ids; of segment tokenizers one id per segment; with several codebooks the flattened ``[K, T]``
+        ids, row-major.
     durations : int32 [R] or None
         Frames of each run (of each segment for segment tokenizers); None with several codebooks.
     starts, ends : float64 [R] or None
@@ -73,8 +74,17 @@ class Row:
         return expand_runs(self.units, self.durations)
 
     @staticmethod
-    def from_units(key: str, path: str, sample_rate: int, num_samples: int, units: Units) -> "Row":
-        """Row of a frame tokenizer's units (run-length coded) or of ``[K, T]`` ids."""
+    def from_units(
+        key: str, path: str, sample_rate: int, num_samples: int, units: Units, segment_hop: int | None = None
+    ) -> "Row":
+        """Row of a tokenizer's units: of frames run-length coded, of segments with their times, of ``[K, T]`` ids flat.
+
+        `segment_hop` is `Tokenizer.segment_hop`: None for units that are frames; of segments, samples of one frame.
+        """
+        if segment_hop is not None:
+            durations = ((units.ends - units.starts) // segment_hop).astype(np.int32)
+            times = units.starts_seconds, units.ends_seconds
+            return Row(key, path, sample_rate, num_samples, units.ids, durations, *times)
         if units.ids.ndim == 2:
             flat = np.ascontiguousarray(units.ids).reshape(-1)
             return Row(key, path, sample_rate, num_samples, flat, codebooks=units.ids.shape[0])

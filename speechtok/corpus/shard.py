@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from speechtok.audio.decode import AudioFile, resampled
 from speechtok.corpus.rows import Row
 from speechtok.corpus.sources import Utterance
-from speechtok.errors import AudioError, SpeechtokError
+from speechtok.errors import AudioError, InputError, SpeechtokError
 from speechtok.frames import Context, FrameGrid, Window, WindowRule
 from speechtok.tokenizer import Tokenizer
-from speechtok.windows import cut
+from speechtok.windows import EncodedWindow, cut
 
 __all__ = ["Decoder", "ShardResult", "Source", "run_shard"]
 
@@ -52,7 +52,7 @@ class Decoder:
     threads : int
         One thread keeps the order of the files.
     context : Context, optional
-        Of the encoder, see `WindowBuffer`.
+        Of the tokenizer, see `WindowBuffer`.
 
     Attributes
     ----------
@@ -137,7 +137,12 @@ class Decoder:
 
 
 def run_shard(
-    tokenizer: Tokenizer, decoder: Decoder, *, batch_seconds: float, on_progress: Callable[[float], None]
+    tokenizer: Tokenizer,
+    decoder: Decoder,
+    *,
+    batch_seconds: float,
+    on_progress: Callable[[float], None],
+    no_units: str = "",
 ) -> ShardResult:
     """Tokenize the utterances of a decoder.
 
@@ -150,19 +155,29 @@ def run_shard(
         Padded audio per batch; changes speed and memory, never the units.
     on_progress : callable
         Gets the seconds of audio encoded since the last call.
+    no_units : str
+        Why an utterance without any segment is an error; it is a row without units where this is empty.
     """
-    parts: list[list[tuple[int, NDArray[np.int32]]]] = [[] for _ in decoder.utterances]
+    parts: list[list[EncodedWindow]] = [[] for _ in decoder.utterances]
     seconds = 0.0
-    for index, window, encoded in tokenizer.encode_windows(decoder, batch_seconds):
-        parts[index].append((window.first, encoded.ids))
-        length = window.count * tokenizer.encoder.grid.hop_seconds
+    for index, encoded in tokenizer.encode_windows(decoder, batch_seconds):
+        parts[index].append(encoded)
+        length = encoded.count * tokenizer.encoder.grid.hop_seconds
         seconds += length
         on_progress(length)
     rows, errors = [], []
     for utterance, source, part in zip(decoder.utterances, decoder.sources, parts, strict=True):
-        if source.error is not None:
-            errors.append({"key": utterance.key, "path": utterance.path, "reason": source.error})
-        else:
-            units = tokenizer.assemble(part)
-            rows.append(Row.from_units(utterance.key, utterance.path, source.sample_rate, source.num_samples, units))
+        reason, units = source.error, None
+        if reason is None:
+            try:
+                units = tokenizer.assemble(part)
+            except InputError as error:
+                reason = str(error)
+            else:
+                reason = None if len(units) else no_units or None
+        if reason is not None:
+            errors.append({"key": utterance.key, "path": utterance.path, "reason": reason})
+        elif units is not None:
+            names = utterance.key, utterance.path, source.sample_rate, source.num_samples
+            rows.append(Row.from_units(*names, units, tokenizer.segment_hop))
     return ShardResult(rows, errors, seconds)

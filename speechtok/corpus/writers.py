@@ -237,7 +237,10 @@ def write_km(rows: Iterable[Row], folder: Path, context: Context) -> list[Path]:
 
 
 def write_textless(rows: Iterable[Row], folder: Path, _context: Context) -> list[Path]:
-    """Shape of textlesslib's ``--deduplicate --durations --preserve_name``: ``key<TAB>values`` in two files."""
+    """Shape of textlesslib's ``--deduplicate --durations --preserve_name``: ``key<TAB>values`` in two files.
+
+    Segments come with their own durations, without the silence between them.
+    """
     with Files(folder) as files:
         units, durations = files.create("units.units"), files.create("units.durations")
         for row in rows:
@@ -247,7 +250,10 @@ def write_textless(rows: Iterable[Row], folder: Path, _context: Context) -> list
 
 
 def write_slamkit(rows: Iterable[Row], folder: Path, _context: Context) -> list[Path]:
-    """Two stages of slamkit: ``features.jsonl`` with runs, ``tokens.jsonl`` with ``<Un3><Un49>...``."""
+    """Two stages of slamkit: ``features.jsonl`` with runs, ``tokens.jsonl`` with ``<Un3><Un49>...``.
+
+    Segments come with their own durations, without the silence between them.
+    """
     with Files(folder) as files:
         features, tokens = files.create("features.jsonl"), files.create("tokens.jsonl")
         for row in rows:
@@ -284,7 +290,10 @@ def write_npy(rows: Iterable[Row], folder: Path, _context: Context) -> list[Path
 
 
 def write_webdataset(rows: Iterable[Row], folder: Path, context: Context) -> list[Path]:
-    """``units-00000.tar`` ... of 10,000 rows: ``key.units.npy`` with the ids and ``key.json`` with the rest."""
+    """``units-00000.tar`` ... of 10,000 rows: ``key.units.npy`` with the ids and ``key.json`` with the rest.
+
+    The JSON of segments holds their starts, ends (seconds) and durations (frames).
+    """
     shared = {key: context.description.get(key) for key in ("name", "fingerprint", "vocab_size", "hop_seconds")}
     shared["tokenizer"] = shared.pop("name")
     iterator = _unique(rows)
@@ -320,7 +329,10 @@ def _add_sample(tar: tarfile.TarFile, row: Row, shared: dict[str, Any]) -> None:
 
 
 def write_kaldi(rows: Iterable[Row], folder: Path, _context: Context) -> list[Path]:
-    """Kaldi's ``text`` (``key id id ...``) and ``utt2dur`` (``key seconds``), sorted by key as Kaldi demands."""
+    """Kaldi's ``text`` (``key id id ...``) and ``utt2dur`` (``key seconds``), sorted by key as Kaldi demands.
+
+    Of frames one id each, of segments one id each; the line of a sound without units holds its key alone.
+    """
     index: list[tuple[bytes, float, int, int]] = []
     with Files(folder) as files:
         text, seconds = files.create("text"), files.create("utt2dur")

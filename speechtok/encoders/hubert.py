@@ -120,8 +120,16 @@ class HubertConfig:
         """Infer the configuration of a bare state dict of HuBERT-base's kind, as Sylber publishes it.
 
         Strides, the number of heads and the place of the layer norms leave no trace in the shapes: they are those of
-        HuBERT-base (heads of 64). The wave is taken as it is, as without any preprocessor_config.json; Sylber's own
-        package standardises files, but not arrays, and its group norm makes the two nearly equal.
+        HuBERT-base (heads of 64). Of Sylber's files one has to know besides:
+
+        - They do not say whether the wave is standardised, and here it is taken as it is (`do_normalize` False). Sylber
+          was trained on standardised sound; its package standardises what it reads from a file and takes arrays as they
+          are. The group norm behind the first convolution makes the two nearly equal unless the sound is very faint.
+          The package divides by the unbiased standard deviation, with which digital silence is NaN;
+          `do_normalize` is that of training, ``(x - mean) / sqrt(variance + 1e-7)``, with which it stays zero.
+        - Frame i stands for the samples ``320 i + 40 ... 320 i + 360``, as in every HuBERT. In training 160 zeros stood
+          in front of the sound, so that frame i stood for what lies 160 samples (10 ms) earlier. The package and this
+          encoder put nothing in front.
 
         Parameters
         ----------
@@ -133,14 +141,18 @@ class HubertConfig:
         CheckpointError
             If it is no HuBERT, or one of another kind.
         """
-        stem, block = "feature_extractor.conv_layers", "encoder.layers.0.feed_forward.intermediate_dense.weight"
-        convs = [shapes.get(f"{stem}.{i}.conv.weight", ()) for i in range(len(cls.conv_stride))]
-        position = shapes.get("encoder.pos_conv_embed.conv.weight", ())
-        projection = shapes.get("feature_projection.projection.weight", ())
-        inner = shapes.get(block, ())
-        if any(len(shape) != 3 or 0 in shape for shape in (*convs, position, (*projection, 1), (*inner, 1))):
-            raise CheckpointError("no HuBERT state dict, and no config.json beside it; put its config.json there")
-        width = projection[0]
+        stem, inner = "feature_extractor.conv_layers", "encoder.layers.0.feed_forward.intermediate_dense.weight"
+        conv_names = [f"{stem}.{i}.conv.weight" for i in range(len(cls.conv_stride))]
+        position_name, projection = "encoder.pos_conv_embed.conv.weight", "feature_projection.projection.weight"
+        sizes = dict.fromkeys([*conv_names, position_name], 3) | {projection: 2, inner: 2}
+        bad = [name for name, size in sizes.items() if len(shapes.get(name, ())) != size or 0 in shapes[name]]
+        if bad:
+            raise CheckpointError(
+                f"no HuBERT state dict: {bad[0]} is missing or misshapen, and no config.json is beside it; put one "
+                "there, or fetch the checkpoint again"
+            )
+        convs, position = [shapes[name] for name in conv_names], shapes[position_name]
+        width = shapes[projection][0]
         if f"{stem}.1.layer_norm.weight" in shapes or width > 768 or width % 64 or width % position[1]:
             raise CheckpointError(
                 f"not of HuBERT-base's kind (group norm in the front end, width at most 768, here {width}), and no "
@@ -150,7 +162,7 @@ class HubertConfig:
             hidden_size=width,
             num_hidden_layers=len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}),
             num_attention_heads=width // 64,
-            intermediate_size=inner[0],
+            intermediate_size=shapes[inner][0],
             feat_proj_layer_norm="feature_projection.layer_norm.weight" in shapes,
             conv_dim=tuple(shape[0] for shape in convs),
             conv_kernel=tuple(shape[2] for shape in convs),

@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from speechtok.encoders.base import Encoder
-from speechtok.errors import CheckpointError, UnknownNameError
+from speechtok.errors import CheckpointError, InputError, UnknownNameError
 
 __all__ = ["build", "download", "expected_shapes", "from_pretrained", "load_checkpoint", "read_tensors"]
 
@@ -44,6 +44,7 @@ _MODEL_TYPES = {
     "wavlm": "wavlm",
 }
 _PREFIXES = ("hubert.", "wav2vec2.", "wav2vec2_bert.", "wavlm.", "mert.")
+_LIGHTNING = "net.speech_model."  # of Sylber's training code
 # Parts of published checkpoints that no hidden state depends on.
 _HEADS = (
     *("classifier.", "final_proj.", "label_embs_concat", "layer_weights", "lm_head.", "masked_spec_embed"),
@@ -108,20 +109,25 @@ def build(type: str, config: Mapping[str, Any], layer: int | None) -> Encoder:  
     return _make(encoder_class, config_class(**values), layer).eval()
 
 
-def from_pretrained(path_or_name: str | Path, layer: int | None = None, *, revision: str | None = None) -> Encoder:
+def from_pretrained(
+    path_or_name: str | Path, layer: int | None = None, *, revision: str | None = None, normalize: bool | None = None
+) -> Encoder:
     """Load a published checkpoint.
 
     Parameters
     ----------
     path_or_name : str or Path
-        A folder (of Hugging Face's layout, or written by `speechtok.encoders.saved.save_encoder`), a file with a flat
-        Sylber state dict, the name ``owner/repository`` of a Hugging Face repository, or the type of an encoder
-        without weights ("mfcc").
+        A folder (of Hugging Face's layout, or written by `speechtok.encoders.saved.save_encoder`), a file of Sylber
+        (its flat state dict or a checkpoint of its training, see `HubertConfig.from_shapes`), the name
+        ``owner/repository`` of a Hugging Face repository, or the type of an encoder without weights ("mfcc").
         A weight file that has a ``config.json`` beside it is read with that configuration.
     layer : int, optional
         Index into ``hidden_states``, see `HubertEncoder`; None: the last.
     revision : str, optional
         Branch, tag or commit of the repository; unused for paths.
+    normalize : bool, optional
+        Whether each wave is scaled to zero mean and unit variance first (HuBERT's family only). None: what the
+        preprocessor_config.json or encoder.json beside the weights says; without one it is taken as it is.
 
     Returns
     -------
@@ -135,8 +141,18 @@ def from_pretrained(path_or_name: str | Path, layer: int | None = None, *, revis
     CheckpointError
         If files are missing, unreadable, of an unknown kind, or do not fit their configuration.
     InputError
-        If the model has no such layer.
+        If the model has no such layer, or `normalize` is given for an encoder that does not know it.
     """
+    encoder = _load(path_or_name, layer, revision)
+    if normalize is not None:
+        if not hasattr(encoder.config, "do_normalize"):
+            raise InputError(f"{path_or_name}: {encoder.type} encoders cannot normalise the wave; leave normalize out")
+        encoder.config = replace(encoder.config, do_normalize=normalize)
+    return encoder
+
+
+def _load(path_or_name: str | Path, layer: int | None, revision: str | None) -> Encoder:
+    """`from_pretrained` with the normalisation that the checkpoint names."""
     path = Path(path_or_name).expanduser()
     if path_or_name in _WITHOUT_WEIGHTS and not path.exists():
         return build(str(path_or_name), {}, layer)
@@ -463,11 +479,13 @@ def _some(names: Iterable[str]) -> str:
 def _sylber_tensors(path: Path) -> dict[str, Tensor]:
     """State dict of a single file: flat, or a Lightning checkpoint of the training code."""
     content = _read_file(path)
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        lightning = _flat(content["state_dict"], path)
-        return {
-            name.removeprefix("net.speech_model."): tensor
-            for name, tensor in lightning.items()
-            if not name.startswith("net.thresholder.")  # running statistics of the training's silence threshold
-        }
-    return _flat(content, path)
+    if not (isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping)):
+        return _flat(content, path)
+    tensors = _flat(content["state_dict"], path)
+    if not any(name.startswith(_LIGHTNING) for name in tensors):
+        return tensors
+    # Beside the encoder there are the running statistics of the training's silence threshold.
+    bare = [name for name in tensors if not name.startswith((_LIGHTNING, "net.thresholder."))]
+    if bare:
+        raise CheckpointError(f"{path}: {len(bare)} unexpected beside {_LIGHTNING}*: {_some(bare)}; remove them")
+    return {name.removeprefix(_LIGHTNING): tensors[name] for name in tensors if name.startswith(_LIGHTNING)}

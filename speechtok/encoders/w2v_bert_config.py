@@ -53,6 +53,9 @@ class W2vBertConfig:
     projected_layer, projection_size : int
         The frames of this layer are projected to so many values: what the contrastive loss compares at the end of its
         module, and what tells more about phones than the layer itself. 0: no projection.
+    gated : bool
+        The projection gives one value more, the logit of a gate. Frames are what it projects, scaled to length 1, times
+        the gate: their direction says what a syllable is, their length (0 to 1) whether one is there.
 
     Raises
     ------
@@ -77,11 +80,16 @@ class W2vBertConfig:
     smoothing: int = 1
     projected_layer: int = 0
     projection_size: int = 0
+    gated: bool = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             least = 0 if "position" in name or "project" in name or name in _MAY_BE_0 else 1
-            if isinstance(getattr(W2vBertConfig, name), int) and (type(value) is not int or value < least):
+            default = getattr(W2vBertConfig, name)
+            if isinstance(default, bool):
+                if type(value) is not bool:
+                    raise CheckpointError(f"{name} is {value!r}; it must be true or false")
+            elif isinstance(default, int) and (type(value) is not int or value < least):
                 raise CheckpointError(f"{name} is {value!r}; it must be an integer of at least {least}")
         for name, known in (("subsampling", ("stack", "conv")), ("normalization", ("utterance", "stored"))):
             if getattr(self, name) not in known:
@@ -115,6 +123,8 @@ class W2vBertConfig:
                 f"projected_layer {self.projected_layer} must be one of the {self.num_hidden_layers} layers, and "
                 f"projection_size {self.projection_size} its size"
             )
+        if self.gated and not self.projected_layer:
+            raise CheckpointError("gated needs a projected_layer: the gate is a part of its projection")
         if self.smoothing % 2 == 0 or self.smoothing // 2 > self.look_ahead:
             raise CheckpointError(
                 f"smoothing {self.smoothing} must be odd and at most 2 * look_ahead + 1, here {2 * self.look_ahead + 1}"

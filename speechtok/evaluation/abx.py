@@ -83,6 +83,8 @@ def evaluate(
         if representation == "units":
             raise InputError("an encoder has no units; give a tokenizer, or representation='frames'")
         source = Tokenizer(source, KMeans(np.zeros((1, source.dim), np.float32)), name=source.type)
+    if representation == "units" and source.segmenter is not None:
+        raise InputError(f"{source.name}: its units are segments, not frames; give representation='frames'")
     chosen: Distance = distance or ("identical" if representation == "units" else "angular")
     utterances = spread(read(folder), limit_files)
     tokens: list[list[tuple[Utterance, Triphone]]] = []
@@ -116,7 +118,7 @@ def evaluate(
         "tokenizer": source.name,
         "fingerprint": source.fingerprint,
         "representation": representation,
-        "rate": source.rate,
+        "rate": source.encoder.grid.rate,
         "data": Path(folder).resolve().name,
         "conventions": conventions
         | {

@@ -1,13 +1,17 @@
-"""Segments of a segmenter against reference syllables, on an aligned folder: boundaries, units and cost.
+"""Segments against reference syllables, on an aligned folder: boundaries, units and cost.
 
-A `Segmenter` is any function from a wave to segments in seconds. Two that know nothing of syllables give the rows that
-all others are read against: `uniform_grid`, and `energy_seed` at the dips of loudness.
+A `Cutter` is any function from a wave to segments in seconds. A `Family` is a kind of cutter whose setting is chosen
+on other speech. `speechtok.evaluation.cutters` makes both.
+
+Silence units are not segments of speech: they are left out of boundaries, intervals, and of what units say about
+syllables, and they count in cost and where silence is asked for (``overlap_with_silence``). The published figures of
+Sylber count the starts of syllable segments only.
 """
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,19 +27,22 @@ from speechtok.evaluation.units import each_group, spread
 from speechtok.metrics import boundaries, syllabic
 from speechtok.metrics.boundaries import TOLERANCE, Protocol, best_shift
 
-__all__ = ["Segmenter", "Segments", "energy_seed", "evaluate", "uniform_grid"]
+__all__ = ["RATES", "Cutter", "Family", "Segments", "Wave", "choose", "evaluate"]
 
 Wave = NDArray[np.float32]
+Integers = NDArray[np.integer[Any]]
 Spans = NDArray[np.float64]
 # Start and end of each segment in seconds, float64 [S, 2] in order of time; or these and their units, int [S].
-Segments = Spans | tuple[Spans, NDArray[np.integer[Any]]]
+Segments = Spans | tuple[Spans, Integers]
 
-_HOP, _WINDOW = 0.01, 0.025  # seconds, of the envelope
-_BAND = 300.0, 3000.0  # Hz: vowels and sonorants, neither hum nor hiss
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+# Segments per second of sound, silence included, that a setting of a family must give to be chosen.
+RATES = 3.0, 6.0
+_RATIOS = ("precision", "recall", "f1", "r_value")  # of what `choose` tells
 
 
 @dataclass(frozen=True)
-class Segmenter:
+class Cutter:
     """A named function that cuts waves.
 
     Parameters
@@ -49,52 +56,144 @@ class Segmenter:
         Hz.
     vocab_size : int, optional
         Of the units; None: `cut` gives none.
+    silence : int, optional
+        The unit that stands for silence; see the head of this module.
+    facts : mapping
+        What else the reader of a result should know: plain JSON values.
     """
 
     name: str
     cut: Callable[[Wave], Segments]
     sample_rate: int = 16000
     vocab_size: int | None = None
+    silence: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Cutters of one kind. That one is measured which has the best R-value on other speech.
+
+    Parameters
+    ----------
+    name : str
+        For tables.
+    prepare : callable
+        From a wave to what all settings share, for instance frames. It is computed once per file, and held in memory
+        for all files of the other speech.
+    settings : callable
+        From a list of what `prepare` gave to the settings to try: dicts of plain JSON values.
+    cut : callable
+        From what `prepare` gave and a setting to float64 [S, 2] seconds.
+    sample_rate : int
+        Hz.
+    default : mapping, optional
+        The setting where there is no other speech; None: other speech is needed.
+    facts : mapping
+        As of `Cutter`; the grid of the settings among them.
+    """
+
+    name: str
+    prepare: Callable[[Wave], Any]
+    settings: Callable[[Sequence[Any]], Sequence[Mapping[str, Any]]]
+    cut: Callable[[Any, Mapping[str, Any]], Spans]
+    sample_rate: int = 16000
+    default: Mapping[str, Any] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, setting: Mapping[str, Any], **found: Any) -> Cutter:
+        """The cutter of a setting; `found` says how it was chosen and goes into its facts."""
+        facts = {**self.facts, "setting": dict(setting), **found}
+        return Cutter(self.name, lambda wave: self.cut(self.prepare(wave), setting), self.sample_rate, facts=facts)
 
 
 @dataclass
 class _Folder:
-    """Utterances, their reference syllables and lengths in seconds, and what each segmenter made of them."""
+    """Utterances of an aligned folder, their reference syllables, and the lengths (s) of the files that were read."""
 
+    root: Path
     utterances: list[Utterance]
-    references: list[Spans] = field(default_factory=list)
-    labels: list[list[str]] = field(default_factory=list)
+    references: list[Spans]
+    labels: list[list[str]]
     seconds: list[float] = field(default_factory=list)
-    spans: list[list[Spans]] = field(default_factory=list)  # by segmenter
-    ids: list[list[NDArray[np.integer[Any]]]] = field(default_factory=list)
+
+    @staticmethod
+    def read(root: str | os.PathLike[str], limit: int | None) -> "_Folder":
+        utterances = spread(read(root), limit)
+        found = [syllables(one) for one in utterances]
+        spans = [np.array([[one.start, one.end] for one in row], np.float64).reshape(-1, 2) for row in found]
+        return _Folder(Path(root), utterances, spans, [[one.name for one in row] for row in found])
+
+    @property
+    def name(self) -> str:
+        """Of the folder, whatever the way to it."""
+        return self.root.resolve().name
+
+    @property
+    def aligned_seconds(self) -> float:
+        """Stands for the length of files that are not decoded yet."""
+        return sum(one.phones[-1].end for one in self.utterances if one.phones)
+
+    def apply(self, rows: Mapping[str, tuple[int, Callable[[Wave], Any]]], tell: "_Progress") -> dict[str, list[Any]]:
+        """What functions of a wave at a sample rate give for every file, by the name of the row they belong to."""
+        results: dict[str, list[Any]] = {name: [] for name in rows}
+        self.seconds = []
+        for utterance in self.utterances:
+            path = self.root / utterance.path
+            # One array per rate: encoders know by it that they have seen the wave.
+            waves = {rate: load(path, rate) for rate in {rate for rate, _ in rows.values()}}
+            for name, (rate, function) in rows.items():
+                try:
+                    results[name].append(function(waves[rate]))
+                except InputError as error:
+                    raise InputError(f"{name} on {path}: {error}") from error
+            self.seconds.append(max(len(wave) / rate for rate, wave in waves.items()))
+            tell(utterance.phones[-1].end if utterance.phones else 0.0)
+        return results
+
+
+class _Progress:
+    """Adds up seconds of sound."""
+
+    def __init__(self, total: float, on_event: Callable[[Event], None]):
+        self.done, self.total, self.on_event = 0.0, total, on_event
+
+    def __call__(self, seconds: float) -> None:
+        self.done += seconds
+        self.on_event(Event("run", min(self.done, self.total), self.total))
 
 
 def evaluate(
     folder: str | os.PathLike[str],
-    segmenters: Sequence[Segmenter],
+    cutters: Sequence[Cutter | Family],
     *,
     dev: str | os.PathLike[str] | None = None,
     shift: float | Mapping[Protocol, float] | None = None,
     tolerance: float = TOLERANCE,
+    silence_starts: bool = False,
     step: float = 0.02,
     limit_files: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[dict[str, Any]]:
-    """Measure segmenters.
+    """Measure cutters.
 
     Parameters
     ----------
     folder : path
         An aligned folder (see `speechtok.evaluation.alignments`).
-    segmenters : sequence of Segmenter
+    cutters : sequence of Cutter or Family
         Names must differ.
     dev : path, optional
-        Another aligned folder, of other speakers: there the shift of each segmenter and protocol is chosen that gives
-        the best R (see `speechtok.metrics.boundaries.best_shift`), over all its files together.
+        Another aligned folder, of other speakers. The setting of each family is chosen there: the best R of the
+        ``sdhubert`` protocol among those that give `RATES` segments per second of sound. So is the shift of each
+        cutter and protocol that gives the best R (see `speechtok.metrics.boundaries.best_shift`), 0 where no boundary
+        is matched at any shift.
     shift : float or dict of protocol to float, optional
-        The shift (s) where `dev` is not given; default 0.
+        The shift (s), which is then not chosen; default 0 without `dev`.
     tolerance : float
         Of boundaries (s).
+    silence_starts : bool
+        Whether silence units count as segments in boundaries and intervals.
     step : float
         Unit of time in which bitrates count durations and gaps (s).
     limit_files : int, optional
@@ -105,69 +204,60 @@ def evaluate(
     Returns
     -------
     list of dict
-        One for each segmenter. ``groups``: figures per corpus group and pooled: ``utterances``, ``seconds``,
-        ``syllables``, ``segments`` and both per second of sound, the boundaries by protocol (see
-        `speechtok.metrics.boundaries.evaluate`), and ``units`` (None without): by matching ``iou``, ``overlap`` and
-        ``overlap_with_silence`` (see `speechtok.metrics.syllabic.evaluate`), and ``cost``. ``left_out``: groups that
-        cannot be measured and why; ``conventions``: all that the figures depend on besides segmenter and data.
+        One for each cutter, whose name is ``tokenizer``. ``groups``: figures per corpus group and pooled:
+        ``utterances``, ``seconds``, ``syllables``, ``segments`` and both per second of sound, ``silence_units``, the
+        boundaries by protocol (see `speechtok.metrics.boundaries.evaluate`), ``intervals`` (with the shift of
+        ``sdhubert``), and ``units`` (None without): by matching ``iou``, ``overlap`` and ``overlap_with_silence`` (see
+        `speechtok.metrics.syllabic.evaluate`), and ``cost``. ``left_out``: groups that cannot be measured and why;
+        ``facts``: of the cutter, with the chosen setting; ``conventions``: all that the figures depend on besides
+        cutter and data.
 
     Raises
     ------
     InputError
-        If a folder or an option is unusable, or a segmenter gives no segments in order (with its name and the file).
+        If a folder or an option is unusable, a family needs `dev` or none of its settings gives a rate in `RATES`, or a
+        cutter gives no segments in order (with its name and the file).
     AudioError
         If a file is unusable.
     """
-    if len({segmenter.name for segmenter in segmenters}) != len(segmenters) or not segmenters:
-        raise InputError("give one or more segmenters, each with a name of its own")
-    if dev is not None and shift is not None:
-        raise InputError("give either a shift or a folder on which to choose it")
-    given = dict(shift) if isinstance(shift, Mapping) else dict.fromkeys(get_args(Protocol), shift)
-    if set(given) != set(get_args(Protocol)):
-        raise InputError(
-            f"shifts are given for {', '.join(given) or 'nothing'}; name {' and '.join(get_args(Protocol))}"
-        )
-    roots = [Path(folder)] if dev is None else [Path(folder), Path(dev)]
-    lists = [spread(read(root), limit_files) for root in roots]
-    # Aligned time stands for the length of files that are not decoded yet.
-    total = sum(one.phones[-1].end for utterances in lists for one in utterances if one.phones)
-    done = [0.0]
-
-    def advance(seconds: float) -> None:
-        done[0] += seconds
-        on_event(Event("run", min(done[0], total), total))
-
-    measured, *chosen = (
-        _cut(root, utterances, segmenters, advance) for root, utterances in zip(roots, lists, strict=True)
-    )
+    if len({cutter.name for cutter in cutters}) != len(cutters) or not cutters:
+        raise InputError("give one or more cutters, each with a name of its own")
+    given = dict(shift) if isinstance(shift, Mapping) else dict.fromkeys(PROTOCOLS, shift)
+    if set(given) != set(PROTOCOLS):
+        raise InputError(f"shifts are given for {', '.join(given) or 'nothing'}; name {', '.join(PROTOCOLS)}")
+    measured = _Folder.read(folder, limit_files)
+    other = None if dev is None else _Folder.read(dev, limit_files)
+    tell = _Progress(sum(one.aligned_seconds for one in (measured, other) if one is not None), on_event)
+    chosen, shifts = _choose(cutters, other, given, tolerance, silence_starts, tell)
+    found = measured.apply({one.name: (one.sample_rate, partial(_cut, one)) for one in chosen}, tell)
     results = []
-    for index, segmenter in enumerate(segmenters):
-        shifts: dict[Protocol, float] = {
-            protocol: best_shift(chosen[0].references, chosen[0].spans[index], protocol=protocol, tolerance=tolerance)
-            if chosen
-            else float(given[protocol] or 0.0)
-            for protocol in get_args(Protocol)
-        }
+    for cutter in chosen:
         groups, left_out = each_group(
             measured.utterances,
-            lambda members, index=index, shifts=shifts: _figures(  # type: ignore[misc]
-                measured, members, index, segmenters[index].vocab_size, shifts, tolerance, step
+            lambda members, cutter=cutter: _figures(  # type: ignore[misc]
+                measured, members, found[cutter.name], cutter, shifts[cutter.name], tolerance, silence_starts, step
             ),
         )
         results.append(
             {
-                "segmenter": segmenter.name,
-                "vocab_size": segmenter.vocab_size,
-                "data": Path(folder).resolve().name,
+                "tokenizer": cutter.name,
+                "vocab_size": cutter.vocab_size,
+                "data": measured.name,
+                "facts": dict(cutter.facts),
                 "conventions": {
                     "syllables": RULES,
                     "silence": list(SILENCE),
+                    "silence_units": "segments" if silence_starts else "left out of boundaries and intervals",
                     "corpora": GROUPS,
-                    "sample_rate": segmenter.sample_rate,
+                    "sample_rate": cutter.sample_rate,
                     "tolerance": tolerance,
-                    "shift": shifts,
+                    "shift": shifts[cutter.name],
                     "shift_is_added_to": boundaries.SHIFTED,
-                    "shift_from": "given" if dev is None else f"best R on {Path(dev).resolve().name}",
+                    "shift_from": "given"
+                    if shift is not None
+                    else f"best R on {other.name}"
+                    if other
+                    else "not chosen",
                     "seconds": "total duration of the files, silence included",
                     "timing_step": step,
                     "files": "all" if limit_files is None else f"at most {limit_files}, evenly spread",
@@ -179,31 +269,142 @@ def evaluate(
     return results
 
 
-def _cut(
-    root: Path, utterances: list[Utterance], segmenters: Sequence[Segmenter], advance: Callable[[float], None]
-) -> _Folder:
-    found = _Folder(utterances, spans=[[] for _ in segmenters], ids=[[] for _ in segmenters])
-    for utterance in utterances:
-        reference = syllables(utterance)
-        found.references.append(np.array([[one.start, one.end] for one in reference], np.float64).reshape(-1, 2))
-        found.labels.append([one.name for one in reference])
-        waves = {rate: load(root / utterance.path, rate) for rate in {one.sample_rate for one in segmenters}}
-        for index, segmenter in enumerate(segmenters):
-            wave = waves[segmenter.sample_rate]
-            try:
-                spans, ids = _checked(segmenter.cut(wave), segmenter)
-            except InputError as error:
-                raise InputError(f"{segmenter.name} on {root / utterance.path}: {error}") from error
-            found.spans[index].append(spans)
-            found.ids[index].append(ids)
-        found.seconds.append(len(wave) / segmenter.sample_rate)
-        advance(utterance.phones[-1].end if utterance.phones else 0.0)
-    return found
+def _choose(
+    cutters: Sequence[Cutter | Family],
+    dev: _Folder | None,
+    given: Mapping[Protocol, float | None],
+    tolerance: float,
+    silence_starts: bool,
+    tell: _Progress,
+) -> tuple[list[Cutter], dict[str, dict[Protocol, float]]]:
+    """Cutters, those of families at their settings, and the shifts of each by protocol."""
+    unset = [one for one in cutters if dev is None and isinstance(one, Family) and one.default is None]
+    if unset:
+        raise InputError(
+            f"{unset[0].name}: its thresholds are chosen on other speech; name an aligned folder of it (dev)"
+        )
+    plain: dict[Protocol, float] = {protocol: float(given[protocol] or 0.0) for protocol in PROTOCOLS}
+    if dev is None:
+        chosen = [one.at(one.default or {}, chosen_on=None) if isinstance(one, Family) else one for one in cutters]
+        return chosen, {one.name: plain for one in cutters}
+    fixed = given["sdhubert"] is not None
+    jobs = {
+        one.name: (one.sample_rate, one.prepare if isinstance(one, Family) else partial(_cut, one))
+        for one in cutters
+        if isinstance(one, Family) or not fixed
+    }
+    found = dev.apply(jobs, tell) if jobs else {}
+    chosen, shifts = [], {}
+    for one in cutters:
+        if isinstance(one, Family):
+            setting, report = _best_setting(one, found[one.name], dev, given["sdhubert"], tolerance)
+            spans = [one.cut(prepared, setting) for prepared in found[one.name]]
+            chosen.append(one.at(setting, chosen_on=dev.name, **report))
+        else:
+            spans = [] if fixed else [_segments(pair, one, silence_starts) for pair in found[one.name]]
+            chosen.append(one)
+        shifts[one.name] = {
+            protocol: plain[protocol] if fixed else _best_shift(dev, spans, protocol, tolerance)
+            for protocol in PROTOCOLS
+        }
+    return chosen, shifts
 
 
-def _checked(segments: Segments, segmenter: Segmenter) -> tuple[Spans, NDArray[np.integer[Any]]]:
-    """Segments and units; units of segmenters that have none are an empty array."""
-    if isinstance(segments, tuple) != (segmenter.vocab_size is not None):
+def _best_shift(dev: _Folder, spans: Sequence[Spans], protocol: Protocol, tolerance: float) -> float:
+    try:
+        return best_shift(dev.references, spans, protocol=protocol, tolerance=tolerance)
+    except InputError:  # one hopeless row, whose figures say so, should not cost all the others
+        return 0.0
+
+
+def choose(
+    family: Family,
+    dev: str | os.PathLike[str],
+    *,
+    tolerance: float = TOLERANCE,
+    limit_files: int | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+    """The setting of a family that `evaluate` would choose on an aligned folder, and what all settings gave.
+
+    Parameters
+    ----------
+    family : Family
+    dev, tolerance, limit_files, on_event
+        As of `evaluate`.
+
+    Returns
+    -------
+    setting : mapping
+        The chosen one.
+    tried : list of dict
+        Of each setting ``setting``, ``segments_per_second`` of sound and, None where that is out of `RATES`, ``shift``
+        (s) and ``precision``, ``recall``, ``f1``, ``r_value`` of the ``sdhubert`` protocol.
+
+    Raises
+    ------
+    InputError
+        If the folder or an option is unusable, or no setting gives a rate in `RATES`.
+    AudioError
+        If a file is unusable.
+    """
+    folder = _Folder.read(dev, limit_files)
+    prepared = folder.apply(
+        {family.name: (family.sample_rate, family.prepare)}, _Progress(folder.aligned_seconds, on_event)
+    )[family.name]
+    tried = _tried(family, prepared, folder, None, tolerance)
+    return _best(family, tried, folder)["setting"], tried
+
+
+def _best_setting(
+    family: Family, prepared: Sequence[Any], dev: _Folder, shift: float | None, tolerance: float
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The setting with the best R, and how it was found."""
+    tried = _tried(family, prepared, dev, shift, tolerance)
+    best = _best(family, tried, dev)
+    return best["setting"], {
+        "chosen_by": f"best R (sdhubert) among {RATES[0]:g} to {RATES[1]:g} segments per second of sound",
+        "settings_tried": len(tried),
+        "settings_in_range": sum(one["r_value"] is not None for one in tried),
+        "dev_r_value": best["r_value"],
+        "dev_segments_per_second": best["segments_per_second"],
+    }
+
+
+def _tried(
+    family: Family, prepared: Sequence[Any], dev: _Folder, shift: float | None, tolerance: float
+) -> list[dict[str, Any]]:
+    """What each setting gives, see `choose`."""
+    rows: list[dict[str, Any]] = []
+    for setting in family.settings(prepared):
+        spans = [family.cut(one, setting) for one in prepared]
+        rate = sum(map(len, spans)) / sum(dev.seconds)
+        row: dict[str, Any] = {"setting": dict(setting), "segments_per_second": rate}
+        row |= dict.fromkeys(("shift", *_RATIOS))
+        if RATES[0] <= rate <= RATES[1]:
+            best = _best_shift(dev, spans, "sdhubert", tolerance) if shift is None else shift
+            score = boundaries.evaluate(dev.references, spans, protocol="sdhubert", tolerance=tolerance, shift=best)
+            row |= {"shift": best} | {name: score[name] for name in _RATIOS}
+        rows.append(row)
+    return rows
+
+
+def _best(family: Family, tried: Sequence[dict[str, Any]], dev: _Folder) -> dict[str, Any]:
+    """The row with the best R, the first of equals."""
+    scored = [one for one in tried if one["r_value"] is not None]
+    if not scored:
+        rates = [one["segments_per_second"] for one in tried]
+        raise InputError(
+            f"{family.name}: its {len(tried)} settings give {min(rates):.2f} to {max(rates):.2f} segments per "
+            f"second of {dev.root}, none with a hit between {RATES[0]:g} and {RATES[1]:g}; try another layer"
+        )
+    return max(scored, key=lambda one: one["r_value"])
+
+
+def _cut(cutter: Cutter, wave: Wave) -> tuple[Spans, Integers]:
+    """Checked segments and units; units of cutters that have none are an empty array."""
+    segments = cutter.cut(wave)
+    if isinstance(segments, tuple) != (cutter.vocab_size is not None):
         raise InputError("gives units without a vocabulary, or a vocabulary without units; give both or neither")
     spans, ids = segments if isinstance(segments, tuple) else (segments, np.zeros(0, np.int64))
     boundaries.validate(spans)
@@ -212,121 +413,54 @@ def _checked(segments: Segments, segmenter: Segmenter) -> tuple[Spans, NDArray[n
     return spans, ids
 
 
+def _speech(found: tuple[Spans, Integers], cutter: Cutter) -> NDArray[np.bool_]:
+    """Which segments are no silence units, bool [S]."""
+    spans, ids = found
+    mask: NDArray[np.bool_] = np.ones(len(spans), bool) if cutter.silence is None else ids != cutter.silence
+    return mask
+
+
+def _segments(found: tuple[Spans, Integers], cutter: Cutter, silence_starts: bool) -> Spans:
+    """Those that boundaries are measured of."""
+    return found[0] if silence_starts else found[0][_speech(found, cutter)]
+
+
 def _figures(
     folder: _Folder,
     members: list[int],
-    index: int,
-    vocab_size: int | None,
+    found: Sequence[tuple[Spans, Integers]],
+    cutter: Cutter,
     shifts: Mapping[Protocol, float],
     tolerance: float,
+    silence_starts: bool,
     step: float,
 ) -> dict[str, Any]:
-    """All figures of one group and segmenter."""
+    """All figures of one group and cutter."""
     references = [folder.references[i] for i in members]
-    spans = [folder.spans[index][i] for i in members]
+    speech = [_speech(found[i], cutter) for i in members]
+    spans = [found[i][0][mask] for i, mask in zip(members, speech, strict=True)]
     seconds = sum(folder.seconds[i] for i in members)
     counts = {"syllables": sum(map(len, references)), "segments": sum(map(len, spans))}
     result: dict[str, Any] = {"utterances": len(members), "seconds": seconds, **counts}
     result |= {f"{name}_per_second": number / seconds for name, number in counts.items()}
+    result["silence_units"] = sum(int((~mask).sum()) for mask in speech)
+    guessed = [_segments(found[i], cutter, silence_starts) for i in members]
     for protocol, shift in shifts.items():
-        result[protocol] = boundaries.evaluate(references, spans, protocol=protocol, tolerance=tolerance, shift=shift)
+        result[protocol] = boundaries.evaluate(references, guessed, protocol=protocol, tolerance=tolerance, shift=shift)
+    result["intervals"] = boundaries.evaluate_intervals(
+        references, guessed, tolerance=tolerance, shift=shifts["sdhubert"]
+    )
     result["units"] = None
-    if vocab_size is not None:
-        labels, ids = [folder.labels[i] for i in members], [folder.ids[index][i] for i in members]
+    if cutter.vocab_size is not None:
+        labels, size = [folder.labels[i] for i in members], cutter.vocab_size
+        every, all_ids = [found[i][0] for i in members], [found[i][1] for i in members]
+        ids = [row[mask] for row, mask in zip(all_ids, speech, strict=True)]
         result["units"] = {
-            name: syllabic.evaluate(
-                references, labels, spans, ids, vocab_size=vocab_size,
-                matching="iou" if name == "iou" else "overlap", keep_silence=name == "overlap_with_silence",
-            )
-            for name in ("iou", "overlap", "overlap_with_silence")
-        }  # fmt: skip
-        result["units"]["cost"] = syllabic.cost(spans, ids, seconds=seconds, vocab_size=vocab_size, step=step)
+            "iou": syllabic.evaluate(references, labels, spans, ids, vocab_size=size),
+            "overlap": syllabic.evaluate(references, labels, spans, ids, vocab_size=size, matching="overlap"),
+            "overlap_with_silence": syllabic.evaluate(
+                references, labels, every, all_ids, vocab_size=size, matching="overlap", keep_silence=True
+            ),
+            "cost": syllabic.cost(every, all_ids, seconds=seconds, vocab_size=size, step=step),
+        }
     return result
-
-
-def uniform_grid(rate: float, *, sample_rate: int = 16000) -> Segmenter:
-    """Equal segments from the start to the end of the sound, `rate` per second; the last may be shorter."""
-    if not (np.isfinite(rate) and rate > 0):
-        raise InputError(f"the rate is {rate} per second; it must be positive")
-
-    def cut(wave: Wave) -> Spans:
-        seconds = len(wave) / sample_rate
-        starts = np.arange(np.ceil(seconds * rate)) / rate
-        return np.stack([starts, np.append(starts[1:], seconds)[: len(starts)]], 1)
-
-    return Segmenter(f"uniform-{rate:g}", cut, sample_rate)
-
-
-def energy_seed(
-    *, smoothing: float = 0.025, min_distance: float = 0.1, floor: float = 0.02, sample_rate: int = 16000
-) -> Segmenter:
-    """Segments between the dips of the envelope of 300 to 3000 Hz.
-
-    The envelope is the root of the energy of that band in windows of 25 ms every 10 ms, smoothed by a Gaussian. Each
-    of its peaks is a segment; neighbours meet at the lowest point between them. Where the envelope is below the floor
-    there is no segment.
-
-    Parameters
-    ----------
-    smoothing : float
-        Standard deviation of the Gaussian (s); larger gives fewer segments.
-    min_distance : float
-        Of two peaks (s); of nearer ones the lower is dropped.
-    floor : float
-        Silence, relative to the 95th percentile of the envelope of the file.
-    sample_rate : int
-        Hz, at least 8000.
-    """
-    if min(smoothing, min_distance, floor) < 0 or sample_rate < 8000:
-        raise InputError("smoothing, distance and floor must not be negative, and the band needs 8000 Hz or more")
-
-    def cut(wave: Wave) -> Spans:
-        envelope = _smooth(_envelope(wave, sample_rate), smoothing / _HOP)
-        if len(envelope) == 0 or envelope.max() <= 0:
-            return np.zeros((0, 2))
-        loud = envelope > floor * np.quantile(envelope, 0.95)
-        peaks = _peaks(np.where(loud, envelope, 0), min_distance / _HOP)
-        dips = [a + int(np.argmin(envelope[a:b])) for a, b in pairwise(peaks)]
-        borders = [0, *dips, len(envelope)]
-        spans = []
-        for peak, begin, end in zip(peaks, borders[:-1], borders[1:], strict=True):
-            # The stretch around the peak that is above the floor.
-            before, after = np.flatnonzero(~loud[begin:peak]), np.flatnonzero(~loud[peak:end])
-            spans.append((begin + before[-1] + 1 if len(before) else begin, peak + after[0] if len(after) else end))
-        return np.minimum(np.array(spans, np.float64).reshape(-1, 2) * _HOP, len(wave) / sample_rate)
-
-    return Segmenter(f"energy-{smoothing * 1000:g}ms", cut, sample_rate)
-
-
-def _envelope(wave: Wave, sample_rate: int) -> NDArray[np.float64]:
-    """Amplitude of the band, float64 [T]: entry i belongs to the time ``i * _HOP``."""
-    hop, window = round(_HOP * sample_rate), round(_WINDOW * sample_rate)
-    padded = np.pad(wave, window // 2)
-    if len(padded) < window:
-        return np.zeros(0)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
-    spectra = np.fft.rfft(frames * np.hanning(window), axis=1)
-    frequencies = np.fft.rfftfreq(window, 1 / sample_rate)
-    band = (frequencies >= _BAND[0]) & (frequencies <= _BAND[1])
-    return np.asarray(np.sqrt((np.abs(spectra[:, band]) ** 2).sum(1)))
-
-
-def _smooth(values: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
-    """Gaussian of `sigma` entries; the sum of its weights inside of the array is 1 everywhere."""
-    if sigma <= 0 or len(values) == 0:
-        return values
-    kernel = np.exp(-0.5 * (np.arange(-int(4 * sigma), int(4 * sigma) + 1) / sigma) ** 2)
-    reach = len(kernel) // 2
-    total, weight = (np.convolve(x, kernel)[reach : reach + len(values)] for x in (values, np.ones(len(values))))
-    return np.asarray(total / weight)
-
-
-def _peaks(values: NDArray[np.float64], distance: float) -> list[int]:
-    """Local maxima above 0, the highest first and none within `distance` entries of one taken; in order of time."""
-    padded = np.concatenate(([0], values, [0]))
-    rising = np.flatnonzero((values > padded[:-2]) & (values >= padded[2:]))
-    taken: list[int] = []
-    for peak in sorted(rising.tolist(), key=lambda i: -values[i]):
-        if all(abs(peak - other) >= distance for other in taken):
-            taken.append(peak)
-    return sorted(taken)

@@ -7,8 +7,9 @@ Listeners hear equal acoustic steps between two syllables as one or the other, w
   (`speechtok.audio.formants`). All parameters go in equal steps from one to the other; noise is the same in all steps.
 - `word_pairs` of one speaker in an aligned folder, morphed into each other (`speechtok.audio.morph`).
 
-Where listeners would flip is not known: unlike those of Sylber (arXiv 2410.07168) these continua are not adjusted until
-it is the middle. Claim orderings of functions on the same continua, not values.
+`speechtok.evaluation.categorical` makes such functions of tokenizers and encoders. Where listeners would flip is not
+known: unlike those of Sylber (arXiv 2410.07168) these continua are not adjusted until it is the middle. Claim orderings
+of functions on the same continua, not values.
 """
 
 import os
@@ -299,7 +300,8 @@ def evaluate(
     Parameters
     ----------
     embed : callable
-        From a wave float32 [N] at `SAMPLE_RATE` to a vector float [D].
+        From a wave float32 [N] at `SAMPLE_RATE` to a vector float [D], for instance an
+        `speechtok.evaluation.categorical.Embedding`.
     continua : iterable of list of float32 [N]
         Of `synthesize` or `morphed`.
     keep_middle : bool

@@ -34,7 +34,7 @@ def draw(
     facts : dict
         On the file and its units.
     runs : list of dict
-        Runs of equal units in the stretch: start, end (s), unit, frames.
+        Runs of equal units in the stretch, or segments where these are the units: start, end (s), unit, frames.
     """
     if out.suffix.lower() not in {".png", ".pdf", ".svg"}:
         raise InputError(f"{out}: pictures are written as .png, .pdf or .svg")
@@ -49,18 +49,16 @@ def draw(
     first = units if units.ids.ndim == 1 else type(units)(
         units.ids[0], units.starts, units.ends, units.sample_rate, units.vocab_size, units.fingerprint
     )  # fmt: skip
-    spans = first.deduplicated()
-    _, durations = first.run_lengths()
     length = max(1e-9, len(wave) / tokenizer.sample_rate)
-    facts |= {
-        "tokenizer": tokenizer.name,
-        "units": len(units),
-        "runs of equal units": len(spans),
-        "units/s": round(len(units) / length, 2),
-        "runs/s": round(len(spans) / length, 2),
-        "distinct units": len(np.unique(units.ids)),
-        "vocabulary": units.vocab_size,
-    }
+    facts |= {"tokenizer": tokenizer.name, "units": len(units), "units/s": round(len(units) / length, 2)}
+    if tokenizer.segmenter is None:
+        spans, (_, durations) = first.deduplicated(), first.run_lengths()
+        facts |= {"runs of equal units": len(spans), "runs/s": round(len(spans) / length, 2)}
+    else:
+        spans, durations = first, (first.ends - first.starts) // tokenizer.encoder.hop
+        silences = int((first.ids == tokenizer.silence_unit).sum())
+        facts |= {"silence units": silences, "segments/s": round((len(first) - silences) / length, 2)}
+    facts |= {"distinct units": len(np.unique(units.ids)), "vocabulary": units.vocab_size}
     end = min(start + seconds, length)
     if start >= length:
         raise InputError(f"{path} lasts {length:.2f} s; --start {start:g} lies behind its end")
@@ -71,9 +69,8 @@ def draw(
         )
         if stop > start and begin < end
     ]
-    _picture(
-        wave, tokenizer, table, out, (start, end), f"{Path(path).name}   {tokenizer.name}   {facts['runs/s']} runs/s"
-    )
+    rate = "runs/s" if tokenizer.segmenter is None else "segments/s"
+    _picture(wave, tokenizer, table, out, (start, end), f"{Path(path).name}   {tokenizer.name}   {facts[rate]} {rate}")
     return facts, table
 
 
@@ -104,21 +101,27 @@ def _picture(
     mel.set(ylabel="mel band")
     # Neighbouring ids are unrelated: spread them over the colours instead of shading by value.
     palette = colormaps["hsv"]
+    if tokenizer.segmenter is not None:
+        # Where one segment follows another the two borders are one line.
+        for border in {time for run in table for time in (run["start"], run["end"])}:
+            mel.axvline(border, color="white", linewidth=0.8, alpha=0.8)
     for run in table:
         begin, width = run["start"], run["end"] - run["start"]
+        silent = run["unit"] == tokenizer.silence_unit
         lane.barh(
             0,
             width,
             left=begin,
             height=1,
-            color=palette(run["unit"] * 0.618034 % 1.0),
+            color="0.75" if silent else palette(run["unit"] * 0.618034 % 1.0),
             alpha=0.55,
             edgecolor="white",
             linewidth=0.5,
         )
         # The upright number needs about this share of the picture's width; narrower runs stay without one.
         if width / (end - start) > 0.009:
-            lane.text(begin + width / 2, 0, str(run["unit"]), ha="center", va="center", fontsize=7, rotation=90)
+            name = "silence" if silent else str(run["unit"])
+            lane.text(begin + width / 2, 0, name, ha="center", va="center", fontsize=7, rotation=90, clip_on=True)
     lane.set(xlim=(start, end), ylim=(-0.5, 0.5), yticks=[], xlabel="seconds", ylabel="units")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -135,10 +135,12 @@ def evaluate(
     Raises
     ------
     InputError
-        If the folder or an option is unusable.
+        If the folder or an option is unusable, or the tokenizer's units are segments.
     AudioError
         If one of its files is.
     """
+    if tokenizer.segmenter is not None:
+        raise InputError(f"{tokenizer.name}: its units are segments, not frames; speechtok evaluate syllables has them")
     utterances = spread(read(folder), limit_files)
     if not 0 <= codebook < tokenizer.quantizer.codebooks:
         raise InputError(f"{tokenizer.name} has {tokenizer.quantizer.codebooks} codebooks; there is none {codebook}")
@@ -241,7 +243,7 @@ def _figures(encoded: Sequence[_Encoded], tokenizer: Tokenizer, codebook: int, n
         )  # fmt: skip
     result["codebook"] = phonetic.codebook_use(units, tokenizer.vocab_size)
     result["bitrate"] = bitrate.evaluate(
-        [one.ids for one in encoded], seconds, rate=tokenizer.rate, vocab_size=tokenizer.vocab_size
+        [one.ids for one in encoded], seconds, rate=tokenizer.encoder.grid.rate, vocab_size=tokenizer.vocab_size
     )
     result["ued"] = {
         family: edit_distance.evaluate(

@@ -28,6 +28,7 @@ from speechtok.errors import InputError, SpeechtokError
 from speechtok.frames import Window, WindowRule
 from speechtok.tokenizer import Tokenizer
 from speechtok.units import Units
+from speechtok.windows import EncodedWindow
 
 __all__ = ["feature_difference", "in_batches", "random_pieces", "streamed", "streamed_together", "verify"]
 
@@ -60,9 +61,9 @@ def verify(
     Returns
     -------
     dict
-        ``checks`` (each with the rates of identical files and frames, and the near-ties that were decided, in streams
-        as well as in batches), ``max_feature_difference``, ``skipped``
-        and ``holds``: whether every required rate is 1.
+        ``checks`` (each with the rates of identical files and of identical frames, or segments where these are the
+        units, and the near-ties that were decided, in streams as well as in batches), ``max_feature_difference``,
+        ``skipped`` and ``holds``: whether every required rate is 1.
     """
     utterances = scan(source).utterances
     step = max(1, -(-len(utterances) // files))
@@ -132,18 +133,22 @@ def _windows(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> list[tuple[int, W
 
 
 def in_batches(tokenizer: Tokenizer, waves: Sequence[Loaded], size: int) -> tuple[list[Units], int]:
-    """Units with exactly `size` windows per batch, in input order (lengths mixed), and the number of near-ties."""
+    """Units with exactly `size` windows per batch, in input order (lengths mixed), and the number of near-ties.
+
+    Segment tokenizers take the windows of sounds that have several one by one; they are in no batch.
+    """
     jobs = _windows(tokenizer, waves)
-    parts: list[list[tuple[int, NDArray[np.int32]]]] = [[] for _ in waves]
-    ties = 0
-    for begin in range(0, len(jobs), size):
-        batch = jobs[begin : begin + size]
-        for (index, window, _), encoded in zip(
-            batch, tokenizer.encode_batch_of_windows([job[1:] for job in batch]), strict=True
-        ):
-            parts[index].append((window.first, encoded.ids))
-            ties += encoded.ties
-    return [tokenizer.assemble(part) for part in parts], ties
+    parts: list[list[EncodedWindow]] = [[] for _ in waves]
+    together = [job for job in jobs if tokenizer.segmenter is None or job[1].stop is None]
+    for begin in range(0, len(together), size):
+        batch = together[begin : begin + size]
+        results = tokenizer.encode_batch_of_windows([job[1:] for job in batch])
+        for (index, _, _), encoded in zip(batch, results, strict=True):
+            parts[index].append(encoded)
+    if tokenizer.segmenter is not None:
+        for index, encoded in tokenizer.encode_windows((job for job in jobs if job[1].stop is not None), 60.0):
+            parts[index].append(encoded)
+    return [tokenizer.assemble(part) for part in parts], sum(part.ties for each in parts for part in each)
 
 
 @torch.inference_mode()
@@ -225,8 +230,10 @@ def _compare(name: str, found: Sequence[Units], expected: Sequence[Units], ties:
     for a, b in zip(found, expected, strict=True):
         files += a == b
         frames += max(len(a), len(b))
-        shared = min(len(a), len(b))
-        equal += int((a.ids[..., :shared] == b.ids[..., :shared]).reshape(-1, shared).all(axis=0).sum())
+        # Units are paired by their start: segments need not be equally many.
+        _, left, right = np.intersect1d(a.starts, b.starts, assume_unique=True, return_indices=True)
+        same = np.atleast_2d(a.ids[..., left] == b.ids[..., right]).all(axis=0)
+        equal += int((same & (a.ends[left] == b.ends[right])).sum())
     return {
         "name": name,
         "files": len(expected),

@@ -10,6 +10,7 @@ adds in that order too: its boundaries are the package's, not nearly so. The Tri
 a cosine or a score within float32 rounding of a decision may fall on the other side.
 """
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Literal
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speechtok.errors import InputError
-from speechtok.kernels import segment_cpu
+from speechtok.kernels import segment_cpu, segment_ties
 
-__all__ = ["CountMode", "segment", "segment_one", "segment_reference", "segment_triton"]
+__all__ = ["CountMode", "decisions_reference", "segment", "segment_one", "segment_reference", "segment_triton"]
 
 CountMode = Literal["package", "reset"]
 
@@ -36,29 +37,107 @@ def _cosine(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float3
     return cosine
 
 
+def _length(vector: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(vector.astype(np.float64)))
+
+
+class _Bounds:
+    """How far a slack brings what `decisions_reference` compares; plain form of `segment_ties`."""
+
+    def __init__(self, frames: NDArray[np.float32], slack: float) -> None:
+        self.frames, self.slack = frames.astype(np.float64), slack
+        bounds, pairs, _ = segment_cpu.tree(frames.shape[1])
+        self.rounding = segment_ties.dot_rounding(bounds, pairs)
+        self.unit = segment_ties.UNIT
+
+    def norm(self, norm: float) -> float:
+        return segment_ties.SAFE * (self.slack + self.rounding + 4 * self.unit) * norm
+
+    def turn(self, move: float, vector: NDArray[np.float32]) -> float:
+        relative = move / math.hypot(_length(vector), 1e-4)
+        return relative + relative**2
+
+    def centre(self, moved: float, count: int, centre: NDArray[np.float32], frame: NDArray[np.float32]) -> float:
+        rounding = 6 * self.unit * (count * _length(centre) + _length(frame))
+        return (count * moved + self.slack * _length(frame) + rounding) / (count + 1)
+
+    def mean(self, begin: int, end: int, mean: NDArray[np.float32]) -> float:
+        size = float(np.linalg.norm(self.frames[begin:end], axis=1).mean()) if begin < end else 0.0
+        return self.turn((self.slack + 2 * (end - begin + 2) * self.unit) * size, mean)
+
+    def cosine(self, turns: float) -> float:
+        return segment_ties.SAFE * (turns + 2 * (2 * self.rounding + 8 * self.unit))
+
+    def frame(self) -> float:
+        return self.slack + self.slack**2
+
+    def splits(self, p: NDArray[np.float32], q: NDArray[np.float32], turns: float) -> list[tuple[float, float]]:
+        scores = np.concatenate([[0.0], np.cumsum(p.astype(np.float64) - q)])[:-1]
+        best, size = int(np.argmax(scores)), len(p)
+        each = 2 * self.frame() + turns + 4 * (2 * self.rounding + 8 * self.unit)
+        rounding = 2 * (min(size, 128) / 8 + 11 + math.log2(size)) * size * self.unit
+        return [
+            (float(scores[best] - scores[i]), segment_ties.SAFE * (each * abs(i - best) + rounding))
+            for i in range(size)
+            if i != best
+        ]
+
+
 def segment_reference(
     frames: NDArray[np.float32], norm_threshold: float, merge_threshold: float, count_mode: CountMode = "package"
 ) -> NDArray[np.int64]:
     """Plain form of `segment` for one utterance float32 [T, d], in numpy and with the package's roundings."""
-    voiced = ((frames**2).sum(-1) + 1e-8) ** 0.5 >= norm_threshold
+    return decisions_reference(frames, norm_threshold, merge_threshold, count_mode)[0]
+
+
+def decisions_reference(
+    frames: NDArray[np.float32],
+    norm_threshold: float,
+    merge_threshold: float,
+    count_mode: CountMode = "package",
+    slack: float = 0.0,
+) -> tuple[NDArray[np.int64], list[tuple[str, float, float]]]:
+    """`segment_reference`, and every decision on the way with how close it was, in plain form.
+
+    Returns
+    -------
+    spans : int64 [S, 2]
+    decisions : list of (kind, distance, bound)
+        "norm", "centre", "merge" or "split"; how far the value is from the threshold, or the score from the best; how
+        far frames that differ by `slack` may bring it, see `segment_ties`. Empty for a slack of 0.
+    """
+    decisions: list[tuple[str, float, float]] = []
+    ties = _Bounds(frames, slack)
+    norms = ((frames**2).sum(-1) + 1e-8) ** 0.5
+    voiced = norms >= norm_threshold
+    if slack:
+        decisions += [("norm", float(norm - np.float32(norm_threshold)), ties.norm(float(norm))) for norm in norms]
     spans: list[list[int]] = []
     joints: list[int] = []  # indices of segments that end where the next one begins
-    start, count, centre = -1, 0, np.zeros(0, np.float32)
+    start, count, centre, moved = -1, 0, np.zeros(0, np.float32), 0.0
     for t, frame in enumerate(frames):
         if not voiced[t]:
             if start >= 0:
                 spans.append([start, t])
             start = -1
-        elif start < 0:
-            start, count, centre = t, 1, frame
-        elif _cosine(centre, frame) >= merge_threshold:
+            continue
+        if start < 0:
+            start, count, centre, moved = t, 1, frame, slack * _length(frame)
+            continue
+        cosine = _cosine(centre, frame)
+        if slack:
+            turns = ties.frame() + ties.turn(moved, centre)
+            decisions.append(("centre", float(cosine - np.float32(merge_threshold)), ties.cosine(turns)))
+        if cosine >= merge_threshold:
+            moved = ties.centre(moved, count, centre, frame)
             centre = (centre * count + frame) / (count + 1)
             count += 1
         else:
             joints.append(len(spans))
             spans.append([start, t])
             # The package forgets to begin the count anew, so the first frame of this segment weighs `count`.
-            start, count, centre = t, count + 1 if count_mode == "package" else 1, frame
+            count = count + 1 if count_mode == "package" else 1
+            start, centre, moved = t, frame, slack * _length(frame)
     if start >= 0:
         spans.append([start, len(frames)])
 
@@ -66,7 +145,11 @@ def segment_reference(
     for k in joints:
         (left, joint), (_, right) = spans[k], spans[k + 1]
         before, after = frames[left:joint].mean(0), frames[joint:right].mean(0)
-        if _cosine(before, after) >= merge_threshold:
+        cosine = _cosine(before, after)
+        turns = ties.mean(left, joint, before) + ties.mean(joint, right, after) if slack else 0.0
+        if slack:
+            decisions.append(("merge", float(cosine - np.float32(merge_threshold)), ties.cosine(turns)))
+        if cosine >= merge_threshold:
             spans[k + 1] = [left, right]
             dead.add(k)
             continue
@@ -75,9 +158,11 @@ def segment_reference(
         p, q = _cosine(frames[low:high], before[None]), _cosine(frames[low:high], after[None])
         scores = [p[:i].sum() + q[i:].sum() for i in range(high - low)]
         boundary = low + int(np.argmax(scores))
+        if slack:
+            decisions += [("split", *each) for each in ties.splits(p, q, turns)]
         spans[k], spans[k + 1] = [left, boundary], [boundary, right]
     kept = [span for k, span in enumerate(spans) if k not in dead and (count_mode == "package" or span[0] < span[1])]
-    return np.array(kept, np.int64).reshape(-1, 2)
+    return np.array(kept, np.int64).reshape(-1, 2), decisions
 
 
 def segment(
@@ -119,17 +204,27 @@ def segment(
 
 
 def segment_one(
-    frames: NDArray[np.float32], norm_threshold: float, merge_threshold: float, count_mode: CountMode = "package"
-) -> NDArray[np.int64]:
-    """`segment` of one contiguous utterance float32 [T, d] on CPU; spares the operator, which costs 10 s of frames."""
-    spans, counts = np.empty((len(frames), 2), np.int64), np.empty(1, np.int64)
-    segment_cpu.scan_all(
-        frames, np.array([0, len(frames)]), *segment_cpu.tree(frames.shape[1]),
-        np.float32(norm_threshold), np.float32(merge_threshold), count_mode == "reset", spans, counts,
+    frames: NDArray[np.float32],
+    norm_threshold: float,
+    merge_threshold: float,
+    count_mode: CountMode = "package",
+    slack: float = 0.0,
+) -> tuple[NDArray[np.int64], bool]:
+    """`segment` of one contiguous utterance float32 [T, d] on CPU; spares the operator, which costs 10 s of frames.
+
+    Also tells whether frames that differ by `slack` (relative, Euclidean norm of each) might be segmented otherwise, by
+    the bounds of `segment_ties`.
+    """
+    spans = np.empty((len(frames), 2), np.int64)
+    bounds, pairs, half = segment_cpu.tree(frames.shape[1])
+    margins = segment_ties.margins_for(slack, bounds, pairs)
+    found = segment_cpu.scan_one(
+        frames, bounds, pairs, half, np.float32(norm_threshold), np.float32(merge_threshold),
+        count_mode == "reset", margins, spans,
     )  # fmt: skip
-    if counts[0] < 0:
-        raise _bad_frame(-1 - int(counts[0]), 0, 0, 1)
-    return spans[: counts[0]].copy()
+    if found < 0:
+        raise _bad_frame(-1 - found, 0, 0, 1)
+    return spans[:found].copy(), bool(margins[segment_ties.TIED])
 
 
 def _bad_frame(frame: int, first: int, utterance: int, utterances: int) -> InputError:
@@ -150,9 +245,10 @@ def _segment_cpu(
     # A segment holds a frame when it is closed, so that there are never more segments than frames.
     spans = torch.empty(len(frames), 2, dtype=torch.int64)
     counts = torch.empty(len(offsets) - 1, dtype=torch.int64)
+    bounds, pairs, half = segment_cpu.tree(frames.shape[1])
     utterances, arguments = len(counts), (
-        frames.numpy(), offsets.numpy(), *segment_cpu.tree(frames.shape[1]),
-        np.float32(norm_threshold), np.float32(merge_threshold), reset, spans.numpy(), counts.numpy(),
+        frames.numpy(), offsets.numpy(), bounds, pairs, half, np.float32(norm_threshold), np.float32(merge_threshold),
+        reset, segment_ties.margins_for(0.0, bounds, pairs), spans.numpy(), counts.numpy(),
     )  # fmt: skip
     if utterances > 1 and numba.get_num_threads() > 1:
         with _one_at_a_time:

@@ -18,7 +18,9 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-__all__ = ["NOT_FINITE", "VECTORS", "new_marks", "scan", "scan_all", "scan_parallel", "settled", "tree"]
+from speechtok.kernels import segment_ties as ties
+
+__all__ = ["NOT_FINITE", "VECTORS", "new_marks", "scan", "scan_all", "scan_one", "scan_parallel", "settled", "tree"]
 
 NOT_FINITE = "holds NaN, infinity or values whose squares overflow float32"
 
@@ -196,7 +198,7 @@ def _best_split(p, q):  # type: ignore[no-untyped-def]  # pragma: no cover - com
 
 @numba.njit(nogil=True, cache=True)
 def _boundary(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    frames, squares, left, joint, right, before, after, bounds, pairs, parts,
+    frames, squares, left, joint, right, before, after, bounds, pairs, parts, margins, turns,
 ):  # fmt: skip
     """Where two neighbours [left, joint) and [joint, right) part best, by the cosines of frames with both means."""
     low = max(left, joint - max(1, (joint - left) // 2))
@@ -208,12 +210,15 @@ def _boundary(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
         frame, norm = frames[low + i], np.sqrt(squares[low + i] + _EPSILON)
         p[i] = _dot(frame, before, bounds, pairs, parts) / norm / before_norm
         q[i] = _dot(frame, after, bounds, pairs, parts) / norm / after_norm
+    if margins[ties.SLACK] > 0:
+        ties.boundary_tied(margins, p, q, turns)
     return low + _best_split(p, q)
 
 
 @numba.njit(nogil=True, cache=True)
 def _close(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    frames, base, squares, end, last, marks, vectors, bounds, pairs, half, parts, merge_threshold, reset, spans, found,
+    frames, base, squares, end, last, marks, vectors, bounds, pairs, half, parts, merge_threshold, reset, margins,
+    spans, found,
 ):  # fmt: skip
     """End the open segment, settle its joint with the waiting one, and let it wait unless it is the `last` of its run.
 
@@ -226,11 +231,18 @@ def _close(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
         left_sum, left_mean = vectors[_LEFT_SUM], vectors[_LEFT_MEAN]
         _mean(frames, left - base, joint - base, left_sum, left_mean)
         _mean(frames, joint - base, end - base, right_sum, right_mean)
+        left_square = _dot(left_mean, left_mean, bounds, pairs, parts)
+        right_square = _dot(right_mean, right_mean, bounds, pairs, parts)
         cosine = (
             _dot(left_mean, right_mean, bounds, pairs, parts)
-            / (_dot(left_mean, left_mean, bounds, pairs, parts) + _EPSILON) ** half
-            / (_dot(right_mean, right_mean, bounds, pairs, parts) + _EPSILON) ** half
+            / (left_square + _EPSILON) ** half
+            / (right_square + _EPSILON) ** half
         )
+        turns = 0.0
+        if margins[ties.SLACK] > 0:
+            turns += ties.mean_turn(margins, squares, left - base, joint - base, left_square)
+            turns += ties.mean_turn(margins, squares, joint - base, end - base, right_square)
+            ties.cosine_tied(margins, cosine, merge_threshold, turns)
         if cosine >= merge_threshold:
             # Numpy adds from the first frame on, so the sum goes on from the left one.
             right = left
@@ -238,8 +250,9 @@ def _close(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
             right_sum[:] = left_sum
         else:
             right = base + _boundary(
-                frames, squares, left - base, joint - base, end - base, left_mean, right_mean, bounds, pairs, parts
-            )
+                frames, squares, left - base, joint - base, end - base, left_mean, right_mean, bounds, pairs, parts,
+                margins, turns,
+            )  # fmt: skip
             if right > left or not reset:
                 spans[found, 0], spans[found, 1] = left, right
                 found += 1
@@ -258,16 +271,18 @@ def _close(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
 
 @numba.njit(nogil=True, cache=True)
 def scan(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    frames, base, final, squares, marks, vectors, bounds, pairs, half, norm_threshold, merge_threshold, reset, spans,
+    frames, base, final, squares, marks, vectors, bounds, pairs, half, norm_threshold, merge_threshold, reset, margins,
+    spans,
 ):  # fmt: skip
     """Segments that end for good with the frames from ``marks[_NEXT]`` on; `frames` begin at frame `base`.
 
-    Squared norms of frames go to `squares`, segments to `spans`. Returns their number, or ``-1 - t`` if frame t is not
-    finite.
+    Squared norms of frames go to `squares`, segments to `spans`, near-ties to `margins` (see `segment_ties`). Returns
+    the number of segments, or ``-1 - t`` if frame t is not finite.
     """
     found, end = 0, base + len(frames)
     centre, right_sum = vectors[_CENTRE], vectors[_RIGHT_SUM]
     parts = np.empty(len(bounds) - 1, np.float32)
+    watched = margins[ties.SLACK] > 0
     centre_square = _dot(centre, centre, bounds, pairs, parts)
     for t in range(marks[_NEXT], end):
         frame = frames[t - base]
@@ -276,11 +291,14 @@ def scan(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
             return -1 - t
         squares[t - base] = square
         is_open = marks[_RIGHT] >= 0
-        if not np.sqrt(square + _EPSILON) >= norm_threshold:
+        norm = np.sqrt(square + _EPSILON)
+        if watched:
+            ties.norm_tied(margins, norm, norm_threshold)
+        if not norm >= norm_threshold:
             if is_open:
                 found = _close(
                     frames, base, squares, t, True, marks, vectors, bounds, pairs, half, parts,
-                    merge_threshold, reset, spans, found,
+                    merge_threshold, reset, margins, spans, found,
                 )  # fmt: skip
             continue
         if is_open:
@@ -289,8 +307,12 @@ def scan(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
                 / (centre_square + _EPSILON) ** half
                 / (square + _EPSILON) ** half
             )
+            if watched:
+                ties.centre_tied(margins, cosine, merge_threshold, centre_square)
             if cosine >= merge_threshold:
                 count = np.float32(marks[_COUNT])
+                if watched:
+                    ties.moved_centre(margins, count, centre_square, square)
                 for k in range(len(centre)):
                     centre[k] = (centre[k] * count + frame[k]) / (count + _ONE)
                     right_sum[k] += frame[k]
@@ -299,7 +321,7 @@ def scan(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
                 continue
             found = _close(
                 frames, base, squares, t, False, marks, vectors, bounds, pairs, half, parts,
-                merge_threshold, reset, spans, found,
+                merge_threshold, reset, margins, spans, found,
             )  # fmt: skip
         # The package begins the count anew after silence, but not after a split.
         marks[_COUNT] = marks[_COUNT] + 1 if is_open and not reset else 1
@@ -307,46 +329,49 @@ def scan(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
         centre[:] = frame
         right_sum[:] = frame
         centre_square = square
+        if watched:
+            ties.moved_centre(margins, 0, square, square)
     marks[_NEXT] = end
     if final and marks[_RIGHT] >= 0:
         found = _close(
             frames, base, squares, end, True, marks, vectors, bounds, pairs, half, parts,
-            merge_threshold, reset, spans, found,
+            merge_threshold, reset, margins, spans, found,
         )  # fmt: skip
     return found
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan_one(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    frames, bounds, pairs, half, norm_threshold, merge_threshold, reset, spans,
+def scan_one(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    frames, bounds, pairs, half, norm_threshold, merge_threshold, reset, margins, spans,
 ):  # fmt: skip
+    """Segments of one whole utterance; returns as `scan`."""
     vectors = np.zeros((VECTORS, frames.shape[1]), np.float32)
     squares = np.empty(len(frames), np.float32)
     return scan(
         frames, 0, True, squares, new_marks(), vectors, bounds, pairs, half,
-        norm_threshold, merge_threshold, reset, spans,
+        norm_threshold, merge_threshold, reset, margins, spans,
     )  # fmt: skip
 
 
 @numba.njit(nogil=True, cache=True)
 def scan_all(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    frames, offsets, bounds, pairs, half, norm_threshold, merge_threshold, reset, spans, counts,
+    frames, offsets, bounds, pairs, half, norm_threshold, merge_threshold, reset, margins, spans, counts,
 ):  # fmt: skip
     """Segments of utterances ``frames[offsets[i] : offsets[i + 1]]``, written from ``spans[offsets[i]]`` on."""
     for i in range(len(counts)):
         begin, end = offsets[i], offsets[i + 1]
-        counts[i] = _scan_one(
-            frames[begin:end], bounds, pairs, half, norm_threshold, merge_threshold, reset, spans[begin:end]
+        counts[i] = scan_one(
+            frames[begin:end], bounds, pairs, half, norm_threshold, merge_threshold, reset, margins, spans[begin:end]
         )
 
 
 @numba.njit(nogil=True, cache=True, parallel=True)
 def scan_parallel(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    frames, offsets, bounds, pairs, half, norm_threshold, merge_threshold, reset, spans, counts,
+    frames, offsets, bounds, pairs, half, norm_threshold, merge_threshold, reset, margins, spans, counts,
 ):  # fmt: skip
-    """As `scan_all`, utterances in parallel."""
+    """As `scan_all`, utterances in parallel; `margins` of slack 0 are never written to, so that all may share them."""
     for i in numba.prange(len(counts)):
         begin, end = offsets[i], offsets[i + 1]
-        counts[i] = _scan_one(
-            frames[begin:end], bounds, pairs, half, norm_threshold, merge_threshold, reset, spans[begin:end]
+        counts[i] = scan_one(
+            frames[begin:end], bounds, pairs, half, norm_threshold, merge_threshold, reset, margins, spans[begin:end]
         )

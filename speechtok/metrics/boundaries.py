@@ -4,8 +4,8 @@ The R-value (Räsänen, Laine and Altosaar 2009) punishes recall that is bought 
 ``OS = Re / Pr - 1``, ``r1 = sqrt((1 - Re)^2 + OS^2)``, ``r2 = (Re - 1 - OS) / sqrt(2)``, ``R = 1 - (|r1| + |r2|) / 2``.
 
 A boundary may be used once: a hit takes one predicted and one reference boundary that are at most `tolerance` apart.
-Hits, predicted and reference boundaries are counted over all utterances, and ratios are taken of the sums. Two
-published protocols say which boundaries count, and figures of one say nothing about the other:
+Hits, predicted and reference boundaries are counted over all utterances, and ratios are taken of the sums. Protocols
+say which boundaries count, and figures of one say nothing about another:
 
 - ``sdhubert`` (Cho et al. 2024, arXiv 2310.10803; the tables of Sylber): predicted are the unique *starts* of segments,
   reference the unique starts *and* ends of syllables. `shift` is added to the reference. Published figures use the
@@ -14,9 +14,16 @@ published protocols say which boundaries count, and figures of one say nothing a
   split where the reference is silent (neighbours that do not touch), and only what lies inside a stretch counts: the
   ends of all its syllables but the last, and the predictions more than `tolerance` away from both its edges. `shift` is
   added to the *predicted* boundaries. The published program rounds these to 10 ms before; here nothing is rounded.
+- ``inner``: the unique starts and ends of both sides, without the edges of the utterance, as word and phone
+  segmentation is scored (mostly at 20 ms; Kamper 2022, arXiv 2202.11929). The edges are the first start and the last
+  end of the reference; predictions count that are more than `tolerance` inside of both. `shift` is added to the
+  predicted boundaries.
 
-Both match greedily in order of time, which finds as many hits as there can be. Times are compared in whole
+All match greedily in order of time, which finds as many hits as there can be. Times are compared in whole
 microseconds: no float decides whether 50 ms are 50 ms.
+
+*Intervals* are counted apart (`evaluate_intervals`): a segment is a hit if its start and its end are both within the
+tolerance of those of one syllable.
 """
 
 from collections.abc import Sequence
@@ -37,26 +44,31 @@ __all__ = [
     "best_shift",
     "count",
     "evaluate",
+    "evaluate_intervals",
     "f1",
     "hits",
+    "interval_hits",
     "over_segmentation",
     "r_value",
     "validate",
 ]
 
-Protocol = Literal["sdhubert", "zerosyl"]
+Protocol = Literal["sdhubert", "zerosyl", "inner"]
 Spans = NDArray[np.float64]
 Ticks = NDArray[np.int64]
 
 TOLERANCE = 0.05  # seconds
-SHIFTS = tuple(step / 1000 for step in range(-50, 50, 5))  # seconds; those that SD-HuBERT tries
-SHIFTED = {"sdhubert": "reference", "zerosyl": "predicted"}  # what a shift is added to
+# Seconds. SD-HuBERT tries every 5 ms of this range. With half of that, borders of any encoder can meet the 10 ms grid
+# of alignments, where the tolerance, which is inclusive, takes in one place more.
+SHIFTS = tuple(step / 400 for step in range(-20, 20))
+# What a shift is added to.
+SHIFTED: dict[Protocol, str] = {"sdhubert": "reference", "zerosyl": "predicted", "inner": "predicted"}
 
 _TICK = 1e-6
 
 
 class Counts(NamedTuple):
-    """Boundaries: matched, predicted, of the reference."""
+    """Boundaries, or intervals: matched, predicted, of the reference."""
 
     hits: int
     predicted: int
@@ -114,7 +126,7 @@ def count(
     ----------
     reference, predicted : float64 [S, 2]
         Start and end of each syllable and of each segment (s), in order of time.
-    protocol : {"sdhubert", "zerosyl"}
+    protocol : {"sdhubert", "zerosyl", "inner"}
         See the head of this module.
     tolerance : float
         Largest distance of a hit (s), inclusive.
@@ -137,6 +149,12 @@ def _count(reference: Ticks, predicted: Ticks, protocol: Protocol, tolerance: in
     if protocol == "sdhubert":
         guessed, wanted = np.unique(predicted[:, 0]), np.unique(reference) + shift
         return Counts(hits(wanted, guessed, tolerance), len(guessed), len(wanted))
+    if protocol == "inner":
+        if not len(reference):
+            return Counts(0, 0, 0)
+        wanted, guessed = np.unique(reference)[1:-1], np.unique(predicted) + shift
+        guessed = guessed[(guessed > reference[0, 0] + tolerance) & (guessed < reference[-1, 1] - tolerance)]
+        return Counts(hits(wanted, guessed, tolerance), len(guessed), len(wanted))
     # Starts and last end are a list, not a set, but two segments never begin at once except where one is empty.
     guessed = np.sort(np.append(predicted[:, 0], predicted[-1:, 1])) + shift
     cuts = np.flatnonzero(reference[1:, 0] > reference[:-1, 1]) + 1
@@ -149,6 +167,22 @@ def _count(reference: Ticks, predicted: Ticks, protocol: Protocol, tolerance: in
         wanted = reference[begin : end - 1, 1]
         total += hits(wanted, inside, tolerance), len(inside), len(wanted)
     return Counts(*total.tolist())
+
+
+def interval_hits(reference: Ticks, predicted: Ticks, tolerance: int) -> int:
+    """Pairs of int64 [R, 2] and [S, 2] intervals whose starts and ends are both within `tolerance`, each used once.
+
+    Both sides are in order of their starts and of their ends, so a prediction that begins or ends too early for one
+    interval is too early for all later ones, and taking the earliest that fits finds as many pairs as there can be.
+    """
+    found = j = 0
+    guesses = predicted.tolist()
+    for start, end in reference.tolist():
+        while j < len(guesses) and (guesses[j][0] < start - tolerance or guesses[j][1] < end - tolerance):
+            j += 1
+        if j < len(guesses) and guesses[j][0] <= start + tolerance and guesses[j][1] <= end + tolerance:
+            found, j = found + 1, j + 1
+    return found
 
 
 def f1(precision: float, recall: float) -> float:
@@ -169,6 +203,16 @@ def r_value(precision: float, recall: float) -> float:
     return float(1 - (abs(r1) + abs(r2)) / 2)
 
 
+def _pairs(references: Sequence[Spans], predictions: Sequence[Spans]) -> list[tuple[Ticks, Ticks]]:
+    """Both sides of each utterance in microseconds; InputError where they are unusable."""
+    if len(references) != len(predictions) or not len(references):
+        raise InputError(f"{len(references)} references and {len(predictions)} predictions; give pairs, at least one")
+    for reference, predicted in zip(references, predictions, strict=True):
+        validate(reference, "reference syllables")
+        validate(predicted)
+    return [(_ticks(a), _ticks(b)) for a, b in zip(references, predictions, strict=True)]
+
+
 def _pooled(
     references: Sequence[Spans],
     predictions: Sequence[Spans],
@@ -177,12 +221,7 @@ def _pooled(
     shifts: Sequence[float],
 ) -> list[Counts]:
     """Sums over utterances, one for each shift."""
-    if len(references) != len(predictions) or not len(references):
-        raise InputError(f"{len(references)} references and {len(predictions)} predictions; give pairs, at least one")
-    for reference, predicted in zip(references, predictions, strict=True):
-        validate(reference, "reference syllables")
-        validate(predicted)
-    pairs = [(_ticks(a), _ticks(b)) for a, b in zip(references, predictions, strict=True)]
+    pairs = _pairs(references, predictions)
     sums = []
     for shift in shifts:
         _validate_options(protocol, tolerance, shift)
@@ -268,4 +307,51 @@ def evaluate(
         "f1": f1(precision, recall),
         "over_segmentation": over_segmentation(precision, recall) if counts.hits else None,
         "r_value": r_value(precision, recall) if counts.hits else None,
+    }
+
+
+def evaluate_intervals(
+    references: Sequence[Spans], predictions: Sequence[Spans], *, tolerance: float = TOLERANCE, shift: float = 0.0
+) -> dict[str, Any]:
+    """Precision, recall and F1 of whole intervals: both edges within the tolerance.
+
+    Parameters
+    ----------
+    references, predictions : list of float64 [S, 2]
+        As `evaluate`.
+    tolerance : float
+        Largest distance of each edge (s), inclusive.
+    shift : float
+        Added to the reference (s).
+
+    Returns
+    -------
+    dict
+        ``precision``, ``recall`` and ``f1`` as fractions, the counts, and the conventions ``tolerance``, ``shift`` and
+        ``shifted``.
+
+    Raises
+    ------
+    InputError
+        As `evaluate`.
+    """
+    _validate_options("sdhubert", tolerance, shift)
+    pairs = _pairs(references, predictions)
+    near, move = int(_ticks(tolerance)), int(_ticks(shift))
+    counts = Counts(
+        sum(interval_hits(reference + move, predicted, near) for reference, predicted in pairs),
+        sum(len(predicted) for _, predicted in pairs),
+        sum(len(reference) for reference, _ in pairs),
+    )
+    if counts.reference == 0:
+        raise InputError("the references hold no syllable")
+    precision, recall = _ratios(counts)
+    return {
+        "tolerance": float(tolerance),
+        "shift": float(shift),
+        "shifted": "reference",
+        **counts._asdict(),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1(precision, recall),
     }

@@ -7,7 +7,8 @@ moves to where frames are divided best between the two means. The cost is linear
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from speechtok.errors import InputError
 from speechtok.kernels.segment import CountMode, segment, segment_one
-from speechtok.segmenters.inputs import check_greedy, frames_tensor
+from speechtok.segmenters.base import Segmenter
+from speechtok.segmenters.inputs import check_greedy, finite, frames_array, frames_tensor
+from speechtok.segmenters.stream import GreedyStream
 
-__all__ = ["greedy_segment", "greedy_segment_batch"]
+__all__ = ["Greedy", "greedy_segment", "greedy_segment_batch"]
 
 
 def greedy_segment(
@@ -61,7 +64,7 @@ def greedy_segment(
     check_greedy(norm_threshold, merge_threshold, count_mode)
     tensor = frames_tensor(frames)
     if tensor.device.type == "cpu":
-        return segment_one(tensor.contiguous().numpy(), norm_threshold, merge_threshold, count_mode)
+        return segment_one(tensor.contiguous().numpy(), norm_threshold, merge_threshold, count_mode)[0]
     offsets = torch.tensor([0, len(tensor)], device=tensor.device)
     spans: NDArray[np.int64] = segment(tensor, offsets, norm_threshold, merge_threshold, count_mode)[0].cpu().numpy()
     return spans
@@ -105,3 +108,45 @@ def greedy_segment_batch(
     offsets = lengths.cumsum(0).to(tensors[0].device)
     spans = segment(torch.cat(tensors), offsets, norm_threshold, merge_threshold, count_mode)
     return [piece.cpu().numpy() for piece in spans]
+
+
+@dataclass(frozen=True)
+class Greedy(Segmenter):
+    """`greedy_segment` as the segmenter of a tokenizer; segments of length zero are left out.
+
+    Parameters
+    ----------
+    norm_threshold, merge_threshold : float
+        As in `greedy_segment`.
+    count_mode : "reset" or "package"
+        As in `greedy_segment`; "reset", the default here, lets every segment count its own frames.
+
+    Raises
+    ------
+    InputError
+        If a threshold is not a finite number or the mode is unknown.
+    """
+
+    type: ClassVar[str] = "greedy"
+    norm_threshold: float = 2.6
+    merge_threshold: float = 0.8
+    count_mode: CountMode = "reset"
+
+    def __post_init__(self) -> None:
+        values = finite(norm_threshold=self.norm_threshold, merge_threshold=self.merge_threshold)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        check_greedy(self.norm_threshold, self.merge_threshold, self.count_mode)
+
+    def config_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def segment(self, frames: NDArray[np.float32], slack: float = 0.0) -> tuple[NDArray[np.int64], bool]:
+        """See `Segmenter.segment`; near-ties are found by the bounds of `speechtok.kernels.segment_ties`."""
+        spans, near_tie = segment_one(
+            frames_array(frames), self.norm_threshold, self.merge_threshold, self.count_mode, slack
+        )
+        return spans[spans[:, 0] < spans[:, 1]], near_tie
+
+    def stream(self) -> GreedyStream:
+        return GreedyStream(self.norm_threshold, self.merge_threshold, self.count_mode, empty=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from speechtok.errors import InputError
 from speechtok.kernels.segment import CountMode
 
-__all__ = ["check_greedy", "frames_array", "frames_tensor"]
+__all__ = ["check_greedy", "finite", "frames_array", "frames_tensor"]
 
 
 def frames_tensor(frames: Any) -> Tensor:
@@ -45,3 +45,11 @@ def check_greedy(norm_threshold: float, merge_threshold: float, count_mode: Coun
             raise InputError(f"{name} is NaN")
     if count_mode not in get_args(CountMode):
         raise InputError(f"count_mode is {count_mode!r}; choose from {', '.join(get_args(CountMode))}")
+
+
+def finite(**values: float) -> dict[str, float]:
+    """Options as plain floats, so that 1 and 1.0 are one configuration: InputError if one is not a finite number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"{name} is {value!r}; give a finite number")
+    return {name: float(value) for name, value in values.items()}

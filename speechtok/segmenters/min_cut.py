@@ -8,17 +8,19 @@ O(T^2) in the length of a run.
 """
 
 import math
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from speechtok.errors import InputError
-from speechtok.segmenters.inputs import frames_array
+from speechtok.segmenters.base import Segmenter, WholeStream
+from speechtok.segmenters.inputs import finite, frames_array
 
-__all__ = ["min_cut_segment", "speech_mask"]
+__all__ = ["MinCut", "min_cut_segment", "speech_mask"]
 
 _LONGEST = 6000  # frames of a run: 430 MB of similarities
 
@@ -183,3 +185,61 @@ def min_cut_segment(
             pieces = _merge(run, pieces, merge_threshold)
         spans += [(begin + left, begin + right) for left, right in pieces]
     return np.array(spans, np.int64).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class MinCut(Segmenter):
+    """`min_cut_segment` as the segmenter of a tokenizer: frames are voiced by their own norm, of no second layer.
+
+    Parameters
+    ----------
+    norm_threshold : float
+        Frames whose norm is above it are voiced.
+    merge_threshold, frame_rate, seconds, min_frames
+        As in `min_cut_segment`.
+
+    Raises
+    ------
+    InputError
+        If an option is not a finite number, or not positive where it must be.
+    """
+
+    type: ClassVar[str] = "min_cut"
+    norm_threshold: float = 2.6
+    merge_threshold: float | None = 0.4
+    frame_rate: float = 50.0
+    seconds: float = 0.2
+    min_frames: int = 2
+
+    def __post_init__(self) -> None:
+        values = finite(norm_threshold=self.norm_threshold, frame_rate=self.frame_rate, seconds=self.seconds)
+        if self.merge_threshold is not None:
+            values |= finite(merge_threshold=self.merge_threshold)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if not (self.frame_rate > 0 and self.seconds > 0):
+            raise InputError(f"frame_rate {self.frame_rate} and seconds {self.seconds} must be positive")
+        if not isinstance(self.min_frames, int) or self.min_frames < 1:
+            raise InputError(f"min_frames is {self.min_frames!r}; give a whole number from 1 on")
+
+    def config_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def segment(self, frames: NDArray[np.float32], slack: float = 0.0) -> tuple[NDArray[np.int64], bool]:
+        """See `Segmenter.segment`; with a slack everything is a near-tie: the best of many cuts has no simple bound.
+
+        Raises
+        ------
+        InputError
+            Also if a voiced run is longer than 6000 frames.
+        """
+        return self._spans(frames), slack > 0
+
+    def _spans(self, frames: NDArray[np.float32]) -> NDArray[np.int64]:
+        return min_cut_segment(
+            frames, speech_mask(frames, self.norm_threshold, relative=False), frame_rate=self.frame_rate,
+            seconds=self.seconds, merge_threshold=self.merge_threshold, min_frames=self.min_frames,
+        )  # fmt: skip
+
+    def stream(self) -> WholeStream:
+        return WholeStream(self._spans)

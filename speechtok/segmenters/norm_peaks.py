@@ -5,16 +5,18 @@ over the utterance, smoothed, and every peak of enough prominence is a boundary.
 a segment like others.
 """
 
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from speechtok.errors import InputError
-from speechtok.segmenters.inputs import frames_array
+from speechtok.segmenters.base import Segmenter, WholeStream
+from speechtok.segmenters.inputs import finite, frames_array
 
-__all__ = ["norm_peak_segment", "prominent_peaks"]
+__all__ = ["NormPeaks", "norm_peak_segment", "prominent_peaks"]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -94,3 +96,41 @@ def norm_peak_segment(frames: Any, window: int = 3, prominence: float = 0.45) ->
     smooth = np.convolve(padded, np.ones(window) / window, mode="valid")
     bounds = np.concatenate([[0], prominent_peaks(smooth, prominence), [len(array)]])
     return np.stack([bounds[:-1], bounds[1:]], 1)
+
+
+@dataclass(frozen=True)
+class NormPeaks(Segmenter):
+    """`norm_peak_segment` as the segmenter of a tokenizer.
+
+    Parameters
+    ----------
+    window, prominence
+        As in `norm_peak_segment`.
+
+    Raises
+    ------
+    InputError
+        If the window is not an odd positive whole number, or the prominence not a finite number.
+    """
+
+    type: ClassVar[str] = "norm_peaks"
+    window: int = 3
+    prominence: float = 0.45
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prominence", finite(prominence=self.prominence)["prominence"])
+        if not isinstance(self.window, int) or self.window < 1 or self.window % 2 == 0:
+            raise InputError(f"the window is {self.window!r} frames; it must be a whole number, odd and positive")
+
+    def config_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def segment(self, frames: NDArray[np.float32], slack: float = 0.0) -> tuple[NDArray[np.int64], bool]:
+        """See `Segmenter.segment`; with a slack everything is a near-tie: every norm moves the scale of all."""
+        return self._spans(frames), slack > 0
+
+    def _spans(self, frames: NDArray[np.float32]) -> NDArray[np.int64]:
+        return norm_peak_segment(frames, self.window, self.prominence)
+
+    def stream(self) -> WholeStream:
+        return WholeStream(self._spans)

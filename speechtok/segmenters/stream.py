@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speechtok.errors import InputError
-from speechtok.kernels import segment_cpu
+from speechtok.kernels import segment_cpu, segment_ties
 from speechtok.kernels.segment import CountMode
 from speechtok.segmenters.inputs import check_greedy, frames_array
 
@@ -37,6 +37,8 @@ class GreedyStream:
     ----------
     norm_threshold, merge_threshold, count_mode
         As in `greedy_segment`.
+    empty : bool
+        Whether to give segments of length zero, which "package" may have.
 
     Raises
     ------
@@ -54,9 +56,15 @@ class GreedyStream:
     """
 
     def __init__(
-        self, norm_threshold: float = 2.6, merge_threshold: float = 0.8, count_mode: CountMode = "package"
+        self,
+        norm_threshold: float = 2.6,
+        merge_threshold: float = 0.8,
+        count_mode: CountMode = "package",
+        *,
+        empty: bool = True,
     ) -> None:
         check_greedy(norm_threshold, merge_threshold, count_mode)
+        self.empty = empty
         self.norm_threshold, self.merge_threshold, self.count_mode = norm_threshold, merge_threshold, count_mode
         self._marks = segment_cpu.new_marks()
         self._vectors: NDArray[np.float32] | None = None
@@ -131,13 +139,15 @@ class GreedyStream:
         assert self._vectors is not None  # noqa: S101 - for the type checker
         before = self._marks.copy(), self._vectors.copy()
         spans = np.empty((added + 2, 2), np.int64)
+        bounds, pairs, half = segment_cpu.tree(self._vectors.shape[1])
         found = segment_cpu.scan(
             self._frames[: self._held], self._base, final, self._squares, self._marks, self._vectors,
-            *segment_cpu.tree(self._vectors.shape[1]), np.float32(self.norm_threshold),
-            np.float32(self.merge_threshold), self.count_mode == "reset", spans,
+            bounds, pairs, half, np.float32(self.norm_threshold), np.float32(self.merge_threshold),
+            self.count_mode == "reset", segment_ties.margins_for(0.0, bounds, pairs), spans,
         )  # fmt: skip
         if found < 0:
             self._marks, self._vectors = before
             self._held -= added
             raise InputError(f"frame {-1 - found} of the stream {segment_cpu.NOT_FINITE}")
-        return spans[:found].copy()
+        spans = spans[:found].copy()
+        return spans if self.empty else spans[spans[:, 0] < spans[:, 1]]

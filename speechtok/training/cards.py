@@ -10,7 +10,21 @@ from speechtok.errors import FormatError, InputError
 from speechtok.tokenizer import Tokenizer
 from speechtok.training.layers import pooled
 
-__all__ = ["Corpus", "Figures", "Origin", "corpora", "write_card", "write_credits"]
+__all__ = [
+    "GROUPS",
+    "Corpus",
+    "Figures",
+    "Origin",
+    "corpora",
+    "describe_data",
+    "describe_encoder",
+    "frame_delay",
+    "markdown_table",
+    "number",
+    "weights_size",
+    "write_card",
+    "write_credits",
+]
 
 # Credit of each corpus, by the first folder of its paths.
 CREDITS = {
@@ -18,7 +32,8 @@ CREDITS = {
     "librispeech_lossy": "LibriSpeech dev-clean after MP3 compression at 24 kbit/s (authors as above)",
     "speechocean762": "speechocean762 (J. Zhang et al., 2021, openslr.org/101; Mandarin speakers, half children)",
 }
-_GROUPS = {"native": "native", "lossy": "lossy (24 kbit/s MP3)", "accented": "accented", "pooled": "all"}
+# What tables call groups of corpora.
+GROUPS = {"native": "native", "lossy": "lossy (24 kbit/s MP3)", "accented": "accented", "pooled": "all"}
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,9 @@ class Origin:
     facts : dict
         ``steps``, ``hours``, ``parameters``, ``held_out`` as far as they are known.
     layer : int
+        Of its frames.
     sweep : sequence of dict
-        See `speechtok.training.layers.sweep`.
+        From which it was chosen, see `speechtok.training.layers.sweep`.
     curves : str
         Address of the picture, relative to the card; empty: none.
     """
@@ -92,8 +108,8 @@ class Origin:
     recipe: str
     config: dict[str, Any]
     facts: dict[str, Any]
-    layer: int
-    sweep: Sequence[dict[str, Any]]
+    layer: int = 0
+    sweep: Sequence[dict[str, Any]] = ()
     curves: str = ""
 
 
@@ -169,7 +185,7 @@ def write_card(
         _intro(tokenizer, origin),
         _facts(tokenizer, folder, own),
         "## Data",
-        _data(data, (folder / "CREDITS.md").exists()),
+        describe_data(data, (folder / "CREDITS.md").exists()),
         "## Recipe",
         _recipe(tokenizer, origin, command),
         "## Measured quality",
@@ -214,11 +230,9 @@ def _where(origin: Origin) -> str:
 
 
 def _facts(tokenizer: Tokenizer, folder: Path, own: Figures) -> str:
-    encoder, figures = tokenizer.encoder, pooled(own.units)["bitrate"]
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    figures, delay = pooled(own.units)["bitrate"], frame_delay(tokenizer)
     stream = "approximate: frames depend on the whole utterance"
-    if encoder.look_ahead is not None:
-        delay = (encoder.look_ahead + encoder.receptive_field) / encoder.sample_rate
+    if delay is not None:
         stream = f"exact, {delay * 1000:.0f} ms of delay at most"
     rows = [
         ("units per second", f"{tokenizer.rate:g} (about {figures['runs_per_second']:.1f} runs of equal units)"),
@@ -229,21 +243,35 @@ def _facts(tokenizer: Tokenizer, folder: Path, own: Figures) -> str:
             "runs and durations",
         ),
         ("streams", stream),
-        ("size of the weights", f"{size / 1e6:.2f} MB"),
+        ("size of the weights", weights_size(folder)),
         ("licence of the weights", tokenizer.licence),
         ("fingerprint", f"`{tokenizer.fingerprint}`"),
     ]
-    return _table(["", ""], rows)
+    return markdown_table(["", ""], rows)
 
 
-def _data(data: Sequence[Corpus], noises: bool) -> str:
+def frame_delay(tokenizer: Tokenizer) -> float | None:
+    """How long a frame may wait for what it depends on (s); None: for the end of the sound."""
+    encoder = tokenizer.encoder
+    if encoder.look_ahead is None:
+        return None
+    return (encoder.look_ahead + encoder.receptive_field) / encoder.sample_rate
+
+
+def weights_size(folder: Path) -> str:
+    """Size of the weights of a bundle."""
+    return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.2f} MB"
+
+
+def describe_data(data: Sequence[Corpus], noises: bool) -> str:
+    """The section on training sound; `noises`: whether there is a ``CREDITS.md``."""
     rows = [
         (c.name, f"{c.files:,}", f"{c.hours:.2f}", c.speakers or "", ", ".join(c.licences), ", ".join(c.sources))
         for c in data
     ]
     hours = sum(corpus.hours for corpus in data)
     text = f"{hours:.1f} h of training sound:\n\n"
-    text += _table(["corpus", "files", "hours", "speakers", "licence", "by way of"], rows)
+    text += markdown_table(["corpus", "files", "hours", "speakers", "licence", "by way of"], rows)
     text += "\n\nCredits: " + "; ".join(CREDITS.get(corpus.name, corpus.name) for corpus in data) + "."
     if noises:
         text += " Noises were mixed in; who made them stands in [CREDITS.md](CREDITS.md)."
@@ -260,6 +288,25 @@ def _recipe(tokenizer: Tokenizer, origin: Origin | None, command: str) -> str:
     )
     if origin is None:
         return text
+    text = f"{describe_encoder(origin)}\n\n{text}"
+    if origin.curves:
+        text += f"\n\n![loss and held-out figures over the steps]({origin.curves})"
+    rows = [
+        (
+            f"{'**' if row['layer'] == origin.layer else ''}{row['layer']}{', projected' if row['projected'] else ''}"
+            f"{'**' if row['layer'] == origin.layer else ''}",
+            number(row["pnmi"], 3), number(row["pnmi_without_silence"], 3), number(row["abx_across"], 1),
+        )
+        for row in origin.sweep
+    ]  # fmt: skip
+    text += "\n\nThe layer was chosen by PNMI on the dev split:\n\n"
+    return text + markdown_table(
+        ["layer", "PNMI, silence kept", "PNMI, without silence", "ABX of frames, across (%)"], rows
+    )
+
+
+def describe_encoder(origin: Origin) -> str:
+    """A line on the training of an encoder."""
     facts = origin.facts
     known = [f"recipe `{origin.recipe}`"]
     if "run" in origin.config:
@@ -271,19 +318,7 @@ def _recipe(tokenizer: Tokenizer, origin: Origin | None, command: str) -> str:
     if "model" in origin.config:
         model = origin.config["model"]
         known.append(", ".join(f"{name} {value}" for name, value in model.items()))
-    text = f"Encoder: {'; '.join(known)}. Weights are rounded to bfloat16.\n\n" + text
-    if origin.curves:
-        text += f"\n\n![loss and held-out figures over the steps]({origin.curves})"
-    rows = [
-        (
-            f"{'**' if row['layer'] == origin.layer else ''}{row['layer']}{', projected' if row['projected'] else ''}"
-            f"{'**' if row['layer'] == origin.layer else ''}",
-            _number(row["pnmi"], 3), _number(row["pnmi_without_silence"], 3), _number(row["abx_across"], 1),
-        )
-        for row in origin.sweep
-    ]  # fmt: skip
-    text += "\n\nThe layer was chosen by PNMI on the dev split:\n\n"
-    return text + _table(["layer", "PNMI, silence kept", "PNMI, without silence", "ABX of frames, across (%)"], rows)
+    return f"Encoder: {'; '.join(known)}. Weights are rounded to bfloat16."
 
 
 def _measured(own: Figures, others: Sequence[Figures]) -> str:
@@ -295,17 +330,17 @@ def _measured(own: Figures, others: Sequence[Figures]) -> str:
             without, kept = found["without_silence"], found["with_silence"]
             frames, units = (table["groups"][group] for table in (figures.frames_abx, figures.units_abx))
             phones.append((
-                name, _GROUPS.get(group, group), f"{without['frames']:,}", _number(without["pnmi_miller_madow"], 3),
-                _number(kept["pnmi_miller_madow"], 3), _number(without["phone_purity"], 3),
-                _number(without["cluster_purity"], 3),
-                *(_number(table[who]["error"], 1) for table in (frames, units) for who in ("within", "across")),
+                name, GROUPS.get(group, group), f"{without['frames']:,}", number(without["pnmi_miller_madow"], 3),
+                number(kept["pnmi_miller_madow"], 3), number(without["phone_purity"], 3),
+                number(without["cluster_purity"], 3),
+                *(number(table[who]["error"], 1) for table in (frames, units) for who in ("within", "across")),
             ))  # fmt: skip
         found = pooled(figures.units)
         edits = {family: value["ued"] for family, value in (found["ued"] or {}).items()}
         costs.append((
-            name, found["codebook"]["units_used"], _number(found["codebook"]["perplexity"], 1),
-            _number(found["bitrate"]["runs_per_second"], 1), _number(found["bitrate"]["entropy_bitrate_runs"], 0),
-            *(_number(edit, 1) for edit in edits.values()),
+            name, found["codebook"]["units_used"], number(found["codebook"]["perplexity"], 1),
+            number(found["bitrate"]["runs_per_second"], 1), number(found["bitrate"]["entropy_bitrate_runs"], 0),
+            *(number(edit, 1) for edit in edits.values()),
         ))  # fmt: skip
     families = list((pooled(own.units)["ued"] or {}).keys())
     return "\n\n".join([
@@ -313,13 +348,13 @@ def _measured(own: Figures, others: Sequence[Figures]) -> str:
         "enough to rank tokenizers, no gold standard); a frame has the phone at its centre, shifted by "
         f"{conventions['shift_frames']} frames. PNMI is corrected after Miller and Madow; frames, purities and the "
         "first PNMI are without silence. ABX errors in %, within and across speakers.",
-        _table(
+        markdown_table(
             ["tokenizer", "speech", "frames", "PNMI", "PNMI, silence kept", "phone purity", "cluster purity",
              "ABX frames within", "across", "ABX units within", "across"], phones,
         ),
         "All speech; entropies of runs in bit/s"
         + ("; unit edit distance in % between clean and changed sound" if families else "") + ":",
-        _table(["tokenizer", "units used", "perplexity", "runs/s", "bit/s of runs", *families], costs),
+        markdown_table(["tokenizer", "units used", "perplexity", "runs/s", "bit/s of runs", *families], costs),
     ])  # fmt: skip
 
 
@@ -341,10 +376,12 @@ def _limits(tokenizer: Tokenizer, data: Sequence[Corpus]) -> str:
     )
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """Rounded, or a dash."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Of a heading and rows of cells."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)

@@ -1,16 +1,20 @@
 """Fit k-means units on a corpus (HuBERT, Hsu et al. 2021, section III-B) in bounded memory.
 
-The frames stream by once; a uniform random sample of them is kept (each frame draws a number, the smallest win)
-and faiss clusters the sample. Drawing depends on the seed, the file and the frame, on nothing else.
+The rows, which are frames or the means of segments, stream by once; a uniform random sample of them is kept (each row
+draws a number, the smallest win) and faiss clusters the sample. Drawing depends on the seed, the file and the row's
+place in it, on nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from speechtok.canonical import block_context
 from speechtok.corpus.engine import Event
 from speechtok.corpus.shard import Decoder
 from speechtok.corpus.sources import scan
@@ -19,9 +23,11 @@ from speechtok.errors import InputError
 from speechtok.frames import WindowRule
 from speechtok.kernels.nearest import nearest_centroids
 from speechtok.quantizers.kmeans import KMeans
+from speechtok.segmenters.base import Segmenter
+from speechtok.segmenters.pool import pool
 from speechtok.tokenizer import DEFAULT_WINDOW, Tokenizer, usable_device
 
-__all__ = ["FrameSample", "fit"]
+__all__ = ["FrameSample", "SegmentMeans", "fit"]
 
 
 class FrameSample:
@@ -64,13 +70,74 @@ class FrameSample:
         return self._rows[0]
 
 
+# Of which file, number of its first row within the file, and the rows, float32 [n, D].
+_Rows = tuple[int, int, NDArray[np.float32]]
+
+
+def _frames(decoder: Decoder, encoder: Encoder, device: torch.device) -> Iterator[_Rows]:
+    """Frames of all files, window by window."""
+    for index, piece, wave in decoder:
+        with torch.inference_mode():
+            frames = encoder(torch.from_numpy(wave)[None].to(device)).features[0]
+        yield index, piece.first, frames[piece.skip : piece.skip + piece.count].cpu().numpy()
+
+
+class SegmentMeans:
+    """Means of the segments of files; iterate over it for (file, number of its first segment, rows).
+
+    Parameters
+    ----------
+    frames : iterable of (file, first frame, float32 [n, D])
+        In order; a segment may cross windows. Frames are held until no later segment can hold them.
+    segmenter : Segmenter
+
+    Attributes
+    ----------
+    frames : int
+        Number of frames that were cut so far.
+    errors : dict
+        File -> why it could not be cut to its end.
+    """
+
+    def __init__(self, frames: Iterable[_Rows], segmenter: Segmenter) -> None:
+        self.frames, self.errors = 0, dict[int, str]()
+        self._source, self._segmenter = frames, segmenter
+
+    def __iter__(self) -> Iterator[_Rows]:
+        for index, pieces in groupby(self._source, itemgetter(0)):
+            found = 0
+            try:
+                for means in self._means(rows for _, _, rows in pieces):
+                    yield index, found, means
+                    found += len(means)
+            except InputError as error:
+                self.errors[index] = str(error)
+
+    def _means(self, pieces: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        stream, held, begin = self._segmenter.stream(), list[NDArray[np.float32]](), 0
+        for piece in pieces:
+            self.frames += len(piece)
+            held.append(piece)
+            spans = stream.push(piece)
+            if len(spans):
+                yield pool(np.concatenate(held), spans - begin)
+            while held and begin + len(held[0]) <= stream.settled:
+                begin += len(held.pop(0))
+        spans = stream.flush()
+        if len(spans):
+            yield pool(np.concatenate(held), spans - begin)
+
+
 def fit(
     source: str,
     encoder: Encoder,
     clusters: int,
     *,
     name: str,
+    segmenter: Segmenter | None = None,
+    silence_gap: int | None = None,
     standardize: bool = False,
+    spherical: bool = False,
     sample_frames: int = 1_000_000,
     iterations: int = 50,
     restarts: int = 3,
@@ -89,10 +156,17 @@ def fit(
     encoder : Encoder
     clusters : int
         K.
+    segmenter : Segmenter, optional
+        Units are segments: what is clustered are the means of their frames.
+    silence_gap : int, optional
+        See `Tokenizer`; has no part in the fit.
     standardize : bool
         Scale each dimension to zero mean and unit variance over the sample first.
+    spherical : bool
+        Scale each row to length 1 (after that), so that angles decide. Rows that are zero are left out of the sample.
     sample_frames : int
-        Memory is about six times this times the frame size times 4 bytes.
+        Rows of the sample, frames or segments. Memory is about six times this times the frame size times 4 bytes. Time
+        grows with their number times K times `iterations` times `restarts`.
     iterations, restarts, seed : int
         Of k-means; the restart with the lowest error wins.
 
@@ -100,37 +174,49 @@ def fit(
     -------
     tokenizer : Tokenizer
     report : dict
-        Frames seen and sampled, failed files, mean squared distance, dead clusters, perplexity of the units.
+        Frames or segments seen and sampled, segments per second of sound, failed files, mean squared distance, dead
+        clusters, perplexity of the units.
 
     Raises
     ------
     InputError
-        If there are fewer frames than clusters.
+        If there are fewer frames or segments than clusters, the window rule does not fit the encoder, or there is a
+        `silence_gap` without a segmenter.
     """
     import faiss
 
+    if silence_gap is not None and (segmenter is None or silence_gap < 0):
+        raise InputError(f"silence_gap {silence_gap} counts frames between segments; give 0 or more, and a segmenter")
+    context = encoder.context if segmenter is None else block_context(encoder)
+    window.core(encoder.grid, context)  # refuses a rule that does not fit before anything is read
     listing = scan(source)
     sample = FrameSample(sample_frames, encoder.dim, seed)
     # One decode thread: files keep their order, batches are the same in every run, and so is the result, to the bit.
-    decoder = Decoder(listing.utterances, encoder.grid, window, threads=1, context=encoder.context)
+    decoder = Decoder(listing.utterances, encoder.grid, window, threads=1, context=context)
     place = usable_device(device)
-    encoder = encoder.to(place).eval()
-    with torch.inference_mode():
-        for index, piece, wave in decoder:
-            frames = encoder(torch.from_numpy(wave)[None].to(place)).features[0]
-            sample.add(frames[piece.skip : piece.skip + piece.count].cpu().numpy(), (index, piece.first))
-            on_event(Event("sample", index + 1, len(listing.utterances)))
-    rows = sample.rows()
+    frames = _frames(decoder, encoder.to(place).eval(), place)
+    segments = None if segmenter is None else SegmentMeans(frames, segmenter)
+    for index, first, piece in frames if segments is None else segments:
+        sample.add(piece, (index, first))
+        on_event(Event("sample", index + 1, len(listing.utterances)))
+    rows, what, pace = sample.rows(), "frames", {}
+    if segments is not None:
+        what, pace = "segments", {"segments per second": sample.seen / max(1, segments.frames) * encoder.grid.rate}
+        for index, reason in segments.errors.items():
+            decoder.sources[index].error = f"{listing.utterances[index].path}: {reason}"
     failed = [entry.error for entry in decoder.sources if entry.error is not None] + [
         bad.reason for bad in listing.rejected
     ]
-    if len(rows) < clusters:
-        hint = f"; the first unusable file: {failed[0]}" if failed else ""
-        raise InputError(f"{source} gives {len(rows)} frames, fewer than {clusters} clusters{hint}")
     mean = scale = None
-    if standardize:
+    if standardize and len(rows):
         mean, scale = rows.mean(0), np.maximum(rows.std(0), 1e-5)
         rows = (rows - mean) / scale
+    if spherical:
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
+    if len(rows) < clusters:
+        hint = f"; the first unusable file: {failed[0]}" if failed else ""
+        raise InputError(f"{source} gives {len(rows)} {what}, fewer than {clusters} clusters{hint}")
     on_event(Event("fit", 0, 1))
     kmeans = faiss.Kmeans(
         encoder.dim,
@@ -138,6 +224,7 @@ def fit(
         niter=iterations,
         nredo=restarts,
         seed=seed,
+        spherical=spherical,
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows),
     )
@@ -149,16 +236,27 @@ def fit(
     report = {
         "files": len(listing.utterances) + len(listing.rejected) - len(failed),
         "files failed": len(failed),
-        "frames seen": sample.seen,
-        "frames sampled": len(rows),
+        f"{what} seen": sample.seen,
+        f"{what} sampled": len(rows),
+        **pace,
         "clusters": clusters,
         "dead clusters": int((counts == 0).sum()),
         "mean squared distance": float(distances[:, 0].double().square().mean()),
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),
         "standardized": standardize,
+        "spherical": spherical,
         "iterations": iterations,
         "restarts": restarts,
         "seed": seed,
     }
-    quantizer = KMeans(np.asarray(kmeans.centroids), mean, scale)
-    return Tokenizer(encoder, quantizer, name=name, window=window, licence=licence, training=report), report
+    tokenizer = Tokenizer(
+        encoder,
+        KMeans(np.asarray(kmeans.centroids), mean, scale, spherical),
+        name=name,
+        segmenter=segmenter,
+        silence_gap=silence_gap,
+        window=window,
+        licence=licence,
+        training=report,
+    )
+    return tokenizer, report

@@ -92,7 +92,7 @@ def pretrain(
         mels = Mels.build(data, cache / "train", chosen.data.speeds, on_event)
         watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
         noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
-        _same_beginning(folder / "beginning.json", cache, noises is not None, init)
+        same_beginning(folder / "beginning.json", cache, noises is not None, init)
     for what, heard in (("data", mels), ("held_out", watched), ("noise", noises)):
         if heard is not None and heard.failed:
             logger.warning("%s: %d files were left out; the first: %s", what, len(heard.failed), heard.failed[0])
@@ -123,7 +123,7 @@ def pretrain(
     return save_encoder(objective.export(), folder / "encoder")
 
 
-def _same_beginning(path: Path, cache: Path, noisy: bool, init: Path | None) -> None:
+def same_beginning(path: Path, cache: Path, noisy: bool, init: Path | None) -> None:
     """Refuse to go on with a run on other sound, noise or first weights than it began with."""
     if init is not None and not (init / WEIGHTS).is_file():
         raise InputError(f"{init} holds no {WEIGHTS}; give the folder 'encoder' of a finished run")

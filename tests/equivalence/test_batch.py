@@ -14,10 +14,10 @@ def in_batches(tokenizer: Tokenizer, jobs, size):
     ties = 0
     for begin in range(0, len(jobs), size):
         batch = jobs[begin : begin + size]
-        for (index, window, _), encoded in zip(
+        for (index, _, _), encoded in zip(
             batch, tokenizer.encode_batch_of_windows([j[1:] for j in batch]), strict=True
         ):
-            parts.setdefault(index, []).append((window.first, encoded.ids))
+            parts.setdefault(index, []).append(encoded)
             ties += encoded.ties
     return [tokenizer.assemble(parts[i]) for i in sorted(parts)], ties
 

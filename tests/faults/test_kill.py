@@ -10,19 +10,24 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
 from speechtok.corpus import engine
 from speechtok.corpus.rows import read_parts
 from speechtok.errors import OutputError
+from speechtok.frames import WindowRule
+from speechtok.tokenizer import Tokenizer
+
+from ..conftest import segmented
 
 JOB = """
 import json, sys
 from speechtok.corpus.engine import tokenize
 if __name__ == "__main__":
     print("ready", flush=True)
-    tokenize(tokenizer="mfcc-k100", **json.loads(sys.argv[1]))
+    tokenize(**{"tokenizer": "mfcc-k100"} | json.loads(sys.argv[1]))
 """
 KILLS = 20
 # What is killed does not matter here: the quickest tokenizer leaves time for many kills.
@@ -57,9 +62,32 @@ def start(script, job, **more):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_random_moments(tmp_path, corpus, workers):
+    _kill_and_compare(tmp_path, corpus, KILLS, workers)
+
+
+@pytest.mark.parametrize("encoder", ["mfcc", "chunked"])
+def test_segments_after_kills(tmp_path, corpus, bases, clip_wave, encoder):
+    """Segment tokenizers: files of one window and of several, killed with two workers, resumed."""
+    window = WindowRule(1.6, 0.2) if encoder == "mfcc" else None
+    folder = segmented(bases[encoder], clip_wave, window=window).save(tmp_path / "bundle")
+    out = _kill_and_compare(tmp_path, corpus, 2, 2, tokenizer=str(folder))
+    tokenize(corpus, tmp_path / "other", shard_seconds=6.0, batch_seconds=1.0, decode_threads=1, tokenizer=folder)
+    assert contents(out) == contents(tmp_path / "other")
+    tokenizer = Tokenizer.load(folder)
+    rows = {row.key: row for row in read_parts(out)}
+    assert len(rows) == 120
+    for key in sorted(rows)[::9]:
+        units = tokenizer.encode(corpus / f"{key}.wav")
+        assert np.array_equal(rows[key].ids, units.ids)
+        assert np.array_equal(rows[key].starts, units.starts_seconds)
+        assert np.array_equal(rows[key].ends, units.ends_seconds)
+
+
+def _kill_and_compare(tmp_path, corpus, kills, workers, **more):
+    """Kill a job again and again; its output in the end, which is that of a job nobody disturbed."""
     script = tmp_path / "job.py"
     script.write_text(JOB)
-    job = {"source": str(corpus), "shard_seconds": 6.0, "workers": workers}
+    job = {"source": str(corpus), "shard_seconds": 6.0, "workers": workers} | more
     once = tmp_path / "once"
     process = start(script, job, out=str(once))
     process.stdout.readline()  # the imports are done
@@ -72,7 +100,7 @@ def test_killed_at_random_moments(tmp_path, corpus, workers):
 
     chance = random.Random(workers)
     out, killed = tmp_path / "killed", 0
-    while killed < KILLS:
+    while killed < kills:
         process = start(script, job, out=str(out))
         process.stdout.readline()
         # Mostly short lives, so that the job is hit in many states: planning, running, renaming.
@@ -90,6 +118,7 @@ def test_killed_at_random_moments(tmp_path, corpus, workers):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert contents(out) == expected
+    return out
 
 
 def test_worker_count_and_batches_do_not_matter(tmp_path, corpus):

@@ -11,9 +11,20 @@ from safetensors.torch import load_file, save_file
 from speechtok.encoders import pretrained
 from speechtok.encoders.hubert import HubertConfig, HubertEncoder
 from speechtok.encoders.pretrained import build, expected_shapes, from_pretrained, load_checkpoint, read_tensors
+from speechtok.encoders.saved import save_encoder
 from speechtok.encoders.wavlm import WavLMConfig, WavLMEncoder
 from speechtok.errors import CheckpointError, InputError, UnknownNameError
-from tests.parity.test_hubert import SMALL, TOLERANCE, VARIANTS, difference, randomize, reference, transformers, waves
+from tests.parity.test_hubert import (
+    SMALL,
+    TOLERANCE,
+    VARIANTS,
+    difference,
+    padded,
+    randomize,
+    reference,
+    transformers,
+    waves,
+)
 
 STYLES = {
     "plain": (),
@@ -247,6 +258,90 @@ def test_sylber_file(form, tmp_path):
     with torch.inference_mode():
         assert difference(encoder.hidden_states(wave), reference(model, wave)) <= TOLERANCE
     assert from_pretrained(path, 2).layer == 2
+
+
+def test_sylber_of_published_size(tmp_path):
+    """Standardised or not, alone or in a batch: last_hidden_state of the 9-layer model for each wave alone."""
+    model, path = (
+        randomize(transformers.HubertModel(transformers.HubertConfig(num_hidden_layers=9))),
+        tmp_path / "a.ckpt",
+    )
+    torch.save(restyle(model.state_dict(), "old"), path)
+    rows = waves(16000, 9999, 720)
+    batch, lengths = padded(rows, extra=777)
+    found = {}
+    for normalize in (None, False, True):
+        encoder = from_pretrained(path, normalize=normalize)
+        assert (encoder.layer, encoder.dim, len(encoder.encoder.layers)) == (9, 768, 9)
+        assert encoder.config.do_normalize is bool(normalize)
+        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=bool(normalize))
+        with torch.inference_mode():
+            together = encoder(batch, lengths)
+            for row, wave in enumerate(rows):
+                count = encoder.grid.num_frames(len(wave))
+                alone = encoder(wave[None]).features
+                values = extractor(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_values
+                theirs = model(values).last_hidden_state
+                assert int(together.lengths[row]) == count == theirs.shape[1]
+                assert difference([alone], [theirs]) <= TOLERANCE
+                assert difference([together.features[row, :count]], [alone[0]]) <= TOLERANCE
+        found[normalize] = together.features
+        silent = encoder(torch.zeros(1, 16000)).features
+        assert bool(silent.isfinite().all())
+    assert torch.equal(found[None], found[False])
+    # The package divides by the unbiased deviation; group norm takes level and offset out again.
+    wave = rows[0]
+    with torch.inference_mode():
+        package = model(((wave - wave.mean()) / wave.std())[None]).last_hidden_state[0]
+    assert difference([found[True][0, : len(package)]], [package]) <= 1e-3
+    assert 0 < difference([found[True]], [found[False]]) <= 0.02
+
+
+@pytest.mark.parametrize("layout", ["flat", "lightning"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder.layers.3.attention.q_proj.weight": None}, r"1 missing: encoder\.layers\.3\.attention\.q_proj"),
+        ({"encoder.layers.11.layer_norm.bias": torch.ones(128)}, r"unexpected: encoder\.layers\.11"),
+        (
+            {"encoder.pos_conv_embed.conv.weight_g": None},
+            r"no HuBERT state dict: encoder\.pos_conv_embed\.conv\.weight is",
+        ),
+        (
+            {"feature_extractor.conv_layers.6.conv.weight": torch.ones(2)},
+            r"state dict: feature_extractor\.conv_layers\.6",
+        ),
+        ({"encoder.strange": torch.ones(1)}, r"1 unexpected: encoder\.strange"),
+    ],
+)
+def test_sylber_files_that_do_not_fit_are_refused(layout, change, message, tmp_path):
+    small = SMALL | {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 4}
+    model = transformers.HubertModel(transformers.HubertConfig(**small))
+    tensors = restyle(model.state_dict(), "old") | change
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if layout == "lightning":
+        tensors = {"state_dict": {f"net.speech_model.{name}": tensor for name, tensor in tensors.items()}}
+    torch.save(tensors, tmp_path / "sylber.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path / "sylber.ckpt")
+
+
+def test_what_else_a_training_checkpoint_may_hold(model, tmp_path):
+    tensors = {f"net.speech_model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": tensors | {"net.teacher.weight": torch.ones(1)}}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"1 unexpected beside net\.speech_model\.\*: net\.teacher\.weight"):
+        from_pretrained(tmp_path / "a.ckpt")
+
+
+def test_normalisation_is_the_callers_choice(model, folder, tmp_path):
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
+    found = [from_pretrained(folder, normalize=choice).config.do_normalize for choice in (None, False, True)]
+    assert found == [True, False, True]
+    save_encoder(from_pretrained(folder), tmp_path / "saved")
+    assert from_pretrained(tmp_path / "saved").config.do_normalize
+    assert not from_pretrained(tmp_path / "saved", normalize=False).config.do_normalize
+    with pytest.raises(InputError, match="mfcc encoders cannot normalise"):
+        from_pretrained("mfcc", normalize=True)
 
 
 @pytest.mark.parametrize("settings", [{"feat_extract_norm": "layer"}, {"hidden_size": 1024}])
