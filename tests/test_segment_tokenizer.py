@@ -18,7 +18,8 @@ from speechtok.corpus.engine import tokenize
 from speechtok.corpus.formats import FORMATS, read
 from speechtok.corpus.rows import read_parts
 from speechtok.errors import CheckpointError, FingerprintError, FormatError, InputError
-from speechtok.evaluation import abx, units
+from speechtok.evaluation.abx import evaluate as evaluate_abx
+from speechtok.evaluation.units import evaluate as evaluate_units
 from speechtok.frames import WindowRule
 from speechtok.quantizers.base import Codes
 from speechtok.quantizers.kmeans import KMeans
@@ -226,9 +227,9 @@ def test_what_describes_it(by_segments):
 def test_measures_of_frames_refuse_segments(tmp_path, bases, clip_wave):
     each = segmented(bases["mfcc"], clip_wave)
     with pytest.raises(InputError, match="units are segments"):
-        units.evaluate(tmp_path, each)
+        evaluate_units(tmp_path, each)
     with pytest.raises(InputError, match="units are segments"):
-        abx.evaluate(tmp_path, each, representation="units")
+        evaluate_abx(tmp_path, each, representation="units")
 
 
 def test_the_fingerprint_sees_the_segmenter(bases, clip_wave):

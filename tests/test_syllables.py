@@ -208,3 +208,21 @@ def test_bad_input(change, message):
         syllabic.evaluate(**(good | change), vocab_size=4)
     with pytest.raises(InputError, match="time step"):
         cost([one], [np.array([0])], seconds=1, vocab_size=4, step=0)
+
+
+def test_chance_is_what_units_in_random_order_give() -> None:
+    generator = np.random.default_rng(0)
+    count, types, units = 400, 60, 80
+    spans = [np.stack([np.arange(count), np.arange(count) + 1.0], 1)]
+    said = generator.integers(0, types, count)
+    labels = [[f"S{one}" for one in said]]
+    ids = [(said + types * generator.integers(0, 2, count)) % units]  # units that tell much about syllables
+    found = syllabic.evaluate(spans, labels, spans, ids, vocab_size=units)
+    draws = [
+        syllabic.evaluate(spans, labels, spans, [generator.permutation(ids[0])], vocab_size=units) for _ in range(30)
+    ]
+    for name in ("syllable_purity", "cluster_purity", "snmi"):
+        values = [draw[name] for draw in draws]
+        assert abs(found[f"{name}_chance"] - np.mean(values)) < 4 * np.std(values) + 1e-3
+        assert found[name] > found[f"{name}_chance"]
+    assert found["snmi_chance"] > 0.5  # few pairs: most of the information of random units is chance

@@ -68,7 +68,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 # Of "greedy" on gated encoders (see `W2vBertConfig`): norms lie between 0 and 1 and mean the same everywhere.
 GATED_GREEDY: dict[str, tuple[float, ...]] = {
-    "norm_threshold": (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85),
+    "norm_threshold": (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
     "merge_threshold": (-1.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6),  # -1 never cuts a run of voiced frames
 }
 

@@ -225,7 +225,9 @@ def evaluate(
     Returns
     -------
     dict
-        ``syllable_purity`` (SP), ``cluster_purity`` (CP), ``snmi``, ``snmi_miller_madow``, ``snmi_bias``; ``pairs``,
+        ``syllable_purity`` (SP), ``cluster_purity`` (CP), ``snmi``, and each with ``_chance``: of the same units in
+        random order, which is far from 0 where pairs are few beside types and units (the Miller-Madow correction,
+        ``snmi_miller_madow`` and ``snmi_bias``, means nothing there: it exceeds the information itself); ``pairs``,
         ``types`` of syllables and ``units_used`` among them; the conventions ``matching`` and ``silence``.
 
     Raises
@@ -258,11 +260,10 @@ def evaluate(
     if not names:
         raise InputError("no segment is paired with a syllable")
     # Counting needs ranks only; ids of a large vocabulary would leave most of the table empty.
-    figures = phonetic.evaluate(
-        np.unique(names, return_inverse=True)[1],
-        np.unique(units, return_inverse=True)[1],
-        vocab_size=len(set(units)),
-    )
+    types, codes = np.unique(names, return_inverse=True)[1], np.unique(units, return_inverse=True)[1]
+    figures = phonetic.evaluate(types, codes, vocab_size=len(set(units)))
+    shuffled = np.random.default_rng(0).permutation(codes)
+    chance = phonetic.evaluate(types, shuffled, vocab_size=len(set(units)))
     return {
         "matching": matching,
         "silence": "kept" if matching == "overlap" and keep_silence else "dropped",
@@ -274,4 +275,7 @@ def evaluate(
         "snmi": figures["pnmi"],
         "snmi_miller_madow": figures["pnmi_miller_madow"],
         "snmi_bias": figures["pnmi_bias"],
+        "syllable_purity_chance": chance["phone_purity"],
+        "cluster_purity_chance": chance["cluster_purity"],
+        "snmi_chance": chance["pnmi"],
     }

@@ -215,8 +215,9 @@ def _measured(rows: Sequence[dict[str, Any]]) -> str:
         "What may be compared: rows of this table with each other, within one kind of speech. The published row is of "
         f"{PUBLISHED_SOURCE.removeprefix('Cho et al. 2025, arXiv 2410.07168: ')}, and none of its columns may be held "
         "against the others directly. Purities and SNMI depend on the vocabulary and on how much was measured: here "
-        f"{units['pairs']:,} pairs of {units['types']:,} types of syllables and {units['units_used']:,} units, of "
-        f"whose SNMI about {_percent(units['snmi_bias'])} % is bias by small counts (Miller and Madow).",
+        f"{units['pairs']:,} pairs of {units['types']:,} types of syllables and {units['units_used']:,} units; the same "
+        f"units in random order give a syllable purity of {_percent(units['syllable_purity_chance'])}, a cluster purity "
+        f"of {_percent(units['cluster_purity_chance'])} and an SNMI of {_percent(units['snmi_chance'])} %.",
     ])  # fmt: skip
 
 

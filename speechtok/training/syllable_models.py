@@ -1,11 +1,13 @@
 """Steps of the shipped tokenizer of syllables: encoder, thresholds, units, tables, card."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from speechtok.encoders.pretrained import from_pretrained
 from speechtok.evaluation import boundaries, categorical, cutters
+from speechtok.segmenters.energy import EnergySeeds
 from speechtok.segmenters.greedy import Greedy
 from speechtok.training.cards import corpora, write_credits
 from speechtok.training.encoder_steps import Training, curves_of, encoder_step, mixes_noise, training_noise
@@ -22,6 +24,7 @@ MODEL, ENCODER, THRESHOLDS = "sylber-mini", "sylber-mini-encoder", "sylber-mini-
 SYLLABLES, CONTINUA = f"syllables_{MODEL}", f"continua_{MODEL}"
 SILENCE_GAP = 7  # frames: Sylber's 140 ms
 COMPARED = ("greedy", "min-cut")  # segmenters of the frames of the encoder that the training began with
+OWN = "min-cut"  # another segmenter of the tokenizer's own frames
 
 
 def steps(job: Job, given: Path | None, *, base: str, base_encoder: str) -> list[Step]:
@@ -110,13 +113,15 @@ def _syllables_step(job: Job, base: str) -> Step:
         "segmenters": COMPARED,
         "grids": {kind: cutters.GRIDS[kind] for kind in COMPARED},
         "rates": boundaries.RATES,
+        "own": OWN,
+        "seeds": asdict(EnergySeeds()),
     }
     data = aligned(job.speech("eval")) | aligned(job.speech("dev"))
     return Step(SYLLABLES, "table", partial(_syllables, job, base), (MODEL, base), settings, data)
 
 
 def _syllables(job: Job, base: str, task: Task) -> Product:
-    names = [str(job.bundle(MODEL)), *(f"{job.bundle(base)}+{kind}" for kind in COMPARED)]
+    names = [str(job.bundle(MODEL)), f"{job.bundle(MODEL)}+{OWN}", *(f"{job.bundle(base)}+{kind}" for kind in COMPARED)]
     tables = cutters.compare(job.speech("eval"), names, dev=job.speech("dev"), device=job.device, on_event=job.on_event)
     return Product((write_table(job.table("syllables", MODEL), tables),))
 
