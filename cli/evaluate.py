@@ -260,7 +260,7 @@ def syllables(
         bool, typer.Option("--silence-starts", help="Count silence units as segments in boundaries and intervals.")
     ] = False,
     baselines: Annotated[
-        bool, typer.Option("--baselines/--no-baselines", help="Also a grid at the first row's rate, and energy dips.")
+        bool, typer.Option("--baselines/--no-baselines", help="Also a grid at the first row's rate, and loudness.")
     ] = True,
     limit_files: Limit = None,
     device: Device = "cpu",

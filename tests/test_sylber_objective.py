@@ -240,6 +240,34 @@ def test_generations_renew_the_teacher_at_equal_intervals() -> None:
     assert int(fresh.stage) == 1
 
 
+def test_anchored_directions_stay_those_of_the_first_teacher() -> None:
+    made, sound = objective(teacher(), second=0.0, anchored=True), mels()
+    made.train()
+    batch = made.collate(crops(), sound, None, training=False)
+    with torch.no_grad():  # a gate that follows the level, so that there are segments
+        made.encoder.projection.weight[-1] *= 20
+    made(batch, made.weight_of(batch), 0.5)
+    assert int(made.stage) == 2
+    counts = made.encoder.sampled_lengths(batch["lengths"])
+    made.threshold.signal.copy_(torch.tensor([0.6, 0.02]))
+    made.threshold.noise.copy_(torch.tensor([0.4, 0.02]))
+    segment, target = made._targets(batch, counts)
+    own = made.teacher.answers(*made.teacher.inputs(batch["clean"], batch["lengths"])).features
+    first = made._first_frames(batch["clean"], batch["lengths"])
+    assert (segment >= 0).any()
+    for row in range(3):
+        for number in segment[row].unique().tolist():
+            if number < 0:
+                continue
+            here = segment[row] == number
+            wanted = F.normalize((first[row, here].mean(0) - made.centre) @ made.transform, dim=-1)
+            assert torch.allclose(target[row, here], wanted.expand(int(here.sum()), -1), atol=1e-5)
+    made.config = SylberConfig(teacher_layer=2)
+    _, free = made._targets(batch, counts)
+    here = segment[0] == 0
+    assert torch.allclose(free[0, here][0], F.normalize(own[0, here].mean(0), dim=-1), atol=1e-5)
+
+
 def test_one_batch_is_learned_by_heart() -> None:
     made, sound = objective(teacher()), mels()
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=3e-3)

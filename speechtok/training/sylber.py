@@ -18,8 +18,9 @@ its teacher's boundaries: where they are not predictable from the sound, the gat
 Two stages. In the first, segments are seeds from loudness (`EnergySeeds`) and the teacher is the encoder that the run
 begins with, its segment means centred, whitened and scaled to length 1. In the second, the teacher is a frozen copy of
 the student at the end of the first, and its own greedy segmentation, with the norm threshold of two running Gaussians,
-gives the segments; it may be replaced several times (`SylberConfig.generations`). Between replacements no teacher moves
-(Sylber's published decay is 1). Short stages do best: a student that sees the same seeds for long learns their errors.
+gives the segments; it may be replaced several times (`SylberConfig.generations`), and directions may stay those of the
+first (`SylberConfig.anchored`). Between replacements no teacher moves (Sylber's published decay is 1). Short stages do
+best: a student that sees the same seeds for long learns their errors.
 """
 
 from collections.abc import Sequence
@@ -300,12 +301,14 @@ class SylberObjective(nn.Module):
     def _targets(self, batch: dict[str, Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
         """Segment of each frame, int64 [B, T] (-1: none), and the direction of its mean, float32 [B, T, D]."""
         if int(self.stage) == 1:
-            frames = self._first_frames(batch["clean"], batch["lengths"]).float()
-            segment = batch["segment"].masked_fill(~valid_frames(counts, frames.shape[1]), -1)
-            means = (segment_means(frames, segment) - self.centre) @ self.transform
+            segment = batch["segment"].masked_fill(~valid_frames(counts, batch["segment"].shape[1]), -1)
         else:
             frames = self.teacher.answers(*self.teacher.inputs(batch["clean"], batch["lengths"])).features.float()
             segment = self._own_segments(frames, counts, batch["merge"])
+        if int(self.stage) == 1 or self.config.anchored:
+            first = self._first_frames(batch["clean"], batch["lengths"]).float()
+            means = (segment_means(first, segment) - self.centre) @ self.transform
+        else:
             means = segment_means(frames, segment)
         return segment, F.normalize(means, dim=-1).masked_fill((segment < 0)[..., None], 0.0)
 

@@ -25,6 +25,10 @@ class SylberConfig:
         In the second stage, the cosine from which frames belong together is drawn from this range for each crop.
     generations : int
         Equal parts of the second stage; each begins with a new teacher, the student as it is.
+    anchored : bool
+        In the second stage, too, directions are those of the first teacher's means, over the new teacher's segments.
+        Without it a direction is that of the new teacher's own mean, as published; from generation to generation these
+        become more alike.
     threshold_decay, threshold_prior : float
         See `NormThreshold`.
     mixture_probability : float
@@ -49,6 +53,7 @@ class SylberConfig:
     gate_weight: float = 1.0
     merge_thresholds: tuple[float, float] = (0.8, 0.9)
     generations: int = 1
+    anchored: bool = False
     threshold_decay: float = 0.99
     threshold_prior: float = 1.0
     mixture_probability: float = 0.05

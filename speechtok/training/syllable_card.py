@@ -170,8 +170,8 @@ def _recipe(tokenizer: Tokenizer, origin: Origin, command: str, tried: Sequence[
         f"{boundaries.RATES[0]:g} to {boundaries.RATES[1]:g} segments per second. R-values (%) by length (rows) and "
         "cosine (columns):",
         markdown_table(["", *(f"{merge:g}" for merge in merges)], cells),
-        "No encoder and no cluster has learned from alignments. Those of the dev split chose the two thresholds and, "
-        "for the tables below, the shift of boundaries.",
+        "No weight and no cluster has learned from alignments. Those of the dev split chose the two thresholds, the "
+        "constants of the seeds (`EnergySeeds`) and of the recipe and, for the tables below, the shift of boundaries.",
     ]
     return "\n\n".join(parts)
 
@@ -215,9 +215,9 @@ def _measured(rows: Sequence[dict[str, Any]]) -> str:
         "What may be compared: rows of this table with each other, within one kind of speech. The published row is of "
         f"{PUBLISHED_SOURCE.removeprefix('Cho et al. 2025, arXiv 2410.07168: ')}, and none of its columns may be held "
         "against the others directly. Purities and SNMI depend on the vocabulary and on how much was measured: here "
-        f"{units['pairs']:,} pairs of {units['types']:,} types of syllables and {units['units_used']:,} units; the same "
-        f"units in random order give a syllable purity of {_percent(units['syllable_purity_chance'])}, a cluster purity "
-        f"of {_percent(units['cluster_purity_chance'])} and an SNMI of {_percent(units['snmi_chance'])} %.",
+        f"{units['pairs']:,} pairs of {units['types']:,} types of syllables and {units['units_used']:,} units; the "
+        f"same units in random order give {_percent(units['syllable_purity_chance'])}, "
+        f"{_percent(units['cluster_purity_chance'])} and {_percent(units['snmi_chance'])} in the last three columns.",
     ])  # fmt: skip
 
 
