@@ -433,9 +433,9 @@ def test_syllables_come_out(toy):
         "recipe": "sylber-mini-toy", "steps": 20, "hours": pytest.approx(20 * 5.12 / 3600),
     }  # fmt: skip
     chosen = entries["sylber-mini-thresholds"]["facts"]
-    assert tokenizer.segmenter.config_dict() == chosen["setting"]
+    assert tokenizer.segmenter.config_dict() == {**chosen["setting"], "close_gap": 4}
     scores = [one["r_value"] for one in chosen["tried"] if one["r_value"] is not None]
-    assert len(chosen["tried"]) == 8 * 7
+    assert len(chosen["tried"]) == 10 * 7
     assert max(scores) == next(one["r_value"] for one in chosen["tried"] if one["setting"] == chosen["setting"])
     # It heard the log-mel frames of the first encoder's run, and began with its weights.
     runs = [next(toy.places.runs.glob(f"{name}-toy-*")) for name in ("w2vbert-mini", "sylber-mini")]
@@ -449,9 +449,9 @@ def test_syllables_come_out(toy):
 def test_tables_and_card_of_syllables_say_the_same(toy):
     rows = eval_table(toy, "syllables")
     names = [row["tokenizer"] for row in rows]
-    assert names[:3] == ["sylber-mini", "w2vbert-mini+greedy", "w2vbert-mini+min-cut"]
-    assert names[3].startswith("uniform-")
-    assert names[4:] == ["energy", "energy-onsets"]
+    assert names[:4] == ["sylber-mini", "sylber-mini+min-cut", "w2vbert-mini+greedy", "w2vbert-mini+min-cut"]
+    assert names[4].startswith("uniform-")
+    assert names[5:] == ["energy", "energy-onsets"]
     assert {row["data"] for row in rows} == {"eval"}
     assert {row["conventions"]["shift_from"] for row in rows} == {"best R on dev"}
     own = rows[0]["groups"]["native"]
@@ -468,9 +468,11 @@ def test_tables_and_card_of_syllables_say_the_same(toy):
         line = next(line for line in card.splitlines() if line.startswith(f"| {row['tokenizer']} | native |"))
         cells = [cell.strip() for cell in line.split("|")[3:-1]]
         figures = [found["sdhubert"][name] for name in ("precision", "recall", "f1", "over_segmentation", "r_value")]
-        said = found["units"]["iou"] if found["units"] else {}
-        figures += [said.get(name) for name in ("syllable_purity", "cluster_purity", "snmi")]
+        figures += [found["zerosyl"]["f1"], found["zerosyl"]["r_value"], found["intervals"]["f1"]]
         told = ["-" if value is None else f"{100 * value:.1f}" for value in figures]
+        said = found["units"]["iou"] if found["units"] else None
+        for name in ("syllable_purity", "cluster_purity", "snmi"):
+            told.append(f"{100 * said[name]:.1f} ({100 * said[name + '_chance']:.1f})" if said else "-")
         assert cells == [f"{found['segments_per_second']:.2f}", *told]
     chosen = models.record(toy.places).entries["sylber-mini-thresholds"]["facts"]["setting"]
     for text in (
@@ -489,7 +491,7 @@ def test_tables_and_card_of_syllables_say_the_same(toy):
     assert [row["tokenizer"] for row in continua] == ["sylber-mini", "w2vbert-mini", "log mel", "MFCC"]
     for row in continua:
         for kind in ("synthetic", "morphed"):
-            assert f"| {kind} | {row[kind]['continua']} | {row[kind]['cosine']['mean']:.3f} |" in card
+            assert f"| {kind} | {row[kind]['continua']} | {row[kind]['cosine']['mean']:.3f} ±" in card
 
 
 def test_nothing_is_done_twice(toy):

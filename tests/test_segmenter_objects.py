@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from tests.test_segment_kernel import utterances
 EACH = [
     Greedy(1.0, 0.7),
     Greedy(0.5, 0.9, "package"),
+    Greedy(1.0, 0.7, close_gap=3),
+    Greedy(1.5, 0.9, close_gap=1),
     MinCut(0.5, merge_threshold=0.7, seconds=0.1),
     MinCut(1.0, None, min_frames=1),
     NormPeaks(),
@@ -29,8 +32,12 @@ EACH = [
 def plain(segmenter, frames):
     """The same by the functions."""
     match segmenter:
-        case Greedy(norm, merge, mode):
-            return [span for span in greedy_segment(frames, norm, merge, mode).tolist() if span[0] < span[1]]
+        case Greedy(norm, merge, mode, longest):
+            spans = [span for span in greedy_segment(frames, norm, merge, mode).tolist() if span[0] < span[1]]
+            for left, right in pairwise(spans):
+                if right[0] - left[1] <= longest:
+                    left[1] = right[0] = (left[1] + right[0]) // 2
+            return spans
         case MinCut(norm, merge, rate, seconds, least):
             voiced = speech_mask(frames, norm, relative=False)
             return min_cut_segment(
@@ -107,7 +114,9 @@ def test_configurations_come_back(segmenter):
 
 def test_whole_numbers_are_the_same_configuration():
     assert json.dumps(Greedy(2, 1).config_dict()) == json.dumps(Greedy(2.0, 1.0).config_dict())
-    assert Greedy().config_dict() == {"norm_threshold": 2.6, "merge_threshold": 0.8, "count_mode": "reset"}
+    assert Greedy().config_dict() == {
+        "norm_threshold": 2.6, "merge_threshold": 0.8, "count_mode": "reset", "close_gap": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -164,3 +173,22 @@ def test_pool_edges():
     for begin, end in ((2, 2), (3, 5), (-1, 2), (3, 1)):
         with pytest.raises(InputError, match=rf"segment \[{begin}, {end}\)"):
             pool(frames, np.array([[begin, end]]))
+
+
+def test_a_stream_that_closes_gaps_waits_no_longer_than_they_are():
+    """A segment is given as soon as the next one cannot be near any more."""
+    frames = np.zeros((40, 2), np.float32)
+    frames[5:10], frames[13:20] = 3.0, 3.0
+    stream = Greedy(1.0, 0.5, close_gap=4).stream()
+    given = [(at, stream.push(frames[at : at + 1]).tolist()) for at in range(40)]
+    # The first one ends with the start of the second, the second when 5 silent frames are behind it.
+    assert [(at, spans) for at, spans in given if spans] == [(20, [[5, 11]]), (24, [[11, 20]])]
+    assert stream.flush().tolist() == []
+
+
+def test_gaps_refuse_nonsense():
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(InputError, match="close_gap"):
+            Greedy(close_gap=wrong)
+    with pytest.raises(FormatError):
+        build("greedy", {"close_gap": "4"})

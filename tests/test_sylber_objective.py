@@ -94,6 +94,7 @@ def test_the_crossing_is_where_both_densities_are_equal() -> None:
         assert density(x, *signal) == pytest.approx(prior * density(x, *noise), rel=1e-6)
     assert crossing((1.0, 0.1), (0.0, 0.1)) == pytest.approx(0.5)
     assert crossing((1.0, 0.1), (0.0, 0.1), 2.0) > 0.5
+    assert crossing((1.0, 1.0), (0.0, 1.0), 100.0) == pytest.approx(0.5)  # equal widths, crossing outside
     assert crossing((0.01, 4.0), (0.0, 0.1)) == pytest.approx(0.005)  # no crossing between the means
 
 
@@ -352,6 +353,10 @@ def test_refusals_name_the_field() -> None:
         SylberObjective(MODEL, SylberConfig(), teacher())
     with pytest.raises(InputError, match="whitening"):
         SylberConfig(whitening=2.0)
+    with pytest.raises(InputError, match="dropout"):
+        SylberConfig(dropout=3.0)
+    with pytest.raises(InputError, match="threshold_prior"):
+        SylberConfig(threshold_prior=0.0)
     with pytest.raises(InputError, match="lower end"):
         SylberConfig(mixture_snr=(5.0, 1.0))
     with pytest.raises(CheckpointError, match="projected_layer"):

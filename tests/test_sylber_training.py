@@ -61,6 +61,9 @@ step = 4
 """
 
 
+SHORT = {"run.steps": 2, "restart.step": 1}
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
@@ -170,10 +173,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(recipe: Path, init
         self_segment(recipe, CLIPS, tmp_path / "b", init=init, noise=CLIPS)
     with pytest.raises(InputError, match="another size"):
         self_segment(recipe, CLIPS, tmp_path / "c", init=init, changes={"model.hidden_size": 32})
+    with pytest.raises(InputError, match="second stage"):
+        self_segment(recipe, CLIPS, tmp_path / "d", init=init, changes={"run.steps": 4})
     with pytest.raises(InputError, match="projection_size"):
         self_segment(recipe, CLIPS, tmp_path / "d", init=init, changes={"model.projection_size": 400})
     assert not any((tmp_path / name).exists() for name in "abcd")
-    self_segment(recipe, CLIPS, tmp_path / "run", init=init, changes={"run.steps": 2})
+    self_segment(recipe, CLIPS, tmp_path / "run", init=init, changes=SHORT)
     with pytest.raises(OutputError, match="another"):
         self_segment(recipe, CLIPS, tmp_path / "run", init=init)
 
@@ -198,16 +203,25 @@ def test_boundaries_are_watched_on_aligned_speech(recipe: Path, init: Path, tmp_
     dev = shared / "speech" / "dev"
     from speechtok.training.syllable_probe import SyllableProbe
 
-    encoder = from_pretrained(self_segment(recipe, CLIPS, tmp_path / "run", init=init, changes={"run.steps": 2}))
-    figures = SyllableProbe.read(dev, encoder, utterances=4)(encoder)
-    assert set(figures) <= {f"{name}_{x}" for name in ("f1", "r_value", "rate") for x in (0.5, 0.6, 0.7, 0.8)}
+    encoder = from_pretrained(self_segment(recipe, CLIPS, tmp_path / "run", init=init, changes=SHORT, aligned=dev))
+    (line,) = lines(tmp_path / "run", "held out")
+    names = {f"{name}_{x}" for name in ("f1", "r_value", "rate") for x in (0.5, 0.6, 0.7, 0.8)}
+    assert names <= set(line)
+    probe = SyllableProbe.read(dev, encoder, utterances=4)
+    figures = probe(encoder)
+    assert set(figures) == names
     assert all(0 <= value <= 1 for name, value in figures.items() if name.startswith("f1"))
+    with torch.no_grad():  # a gate that is always shut meets no boundary, which is no reason to fail
+        encoder.projection.weight[-1].zero_()
+        encoder.projection.bias[-1] = -20.0
+    assert set(probe(encoder).values()) == {0.0}
 
 
 def test_the_command(recipe: Path, init: Path, tmp_path: Path) -> None:
     arguments = ["train", "sylber", "--recipe", str(recipe), "--data", str(CLIPS), "-o", str(tmp_path / "run")]
-    done = CliRunner().invoke(app, [*arguments, "--init", str(init), "--set", "run.steps=2", "--log", "quiet"])
+    done = CliRunner().invoke(app, [*arguments, "--init", str(init), "--set", "run.steps=2", "--set", "restart.step=1"])
     assert done.exit_code == 0, done.output
     assert str(tmp_path / "run" / "encoder") in done.output
     done = CliRunner().invoke(app, ["train", "sylber", "--recipe", "w2vbert-mini-cpu", "--data", ".", "-o", "x"])
     assert done.exit_code != 0
+    assert "no recipe for sylber" in str(done.exception or done.output)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from speechtok.errors import InputError
 from speechtok.kernels.segment import CountMode, segment, segment_one
-from speechtok.segmenters.base import Segmenter
+from speechtok.segmenters.base import Segmenter, SegmentStream
+from speechtok.segmenters.gaps import ClosingStream, close_gaps
 from speechtok.segmenters.inputs import check_greedy, finite, frames_array, frames_tensor
 from speechtok.segmenters.stream import GreedyStream
 
@@ -120,23 +121,30 @@ class Greedy(Segmenter):
         As in `greedy_segment`.
     count_mode : "reset" or "package"
         As in `greedy_segment`; "reset", the default here, lets every segment count its own frames.
+    close_gap : int
+        Segments that are at most so many frames apart meet in the middle of the gap. For encoders whose frames are
+        short at the borders of syllables, too (see `speechtok.training.sylber`). A segment is final when the next one
+        begins, or that many frames later.
 
     Raises
     ------
     InputError
-        If a threshold is not a finite number or the mode is unknown.
+        If a threshold is not a finite number, the mode is unknown or the gap is negative.
     """
 
     type: ClassVar[str] = "greedy"
     norm_threshold: float = 2.6
     merge_threshold: float = 0.8
     count_mode: CountMode = "reset"
+    close_gap: int = 0
 
     def __post_init__(self) -> None:
         values = finite(norm_threshold=self.norm_threshold, merge_threshold=self.merge_threshold)
         for name, value in values.items():
             object.__setattr__(self, name, value)
         check_greedy(self.norm_threshold, self.merge_threshold, self.count_mode)
+        if type(self.close_gap) is not int or self.close_gap < 0:
+            raise InputError(f"close_gap is {self.close_gap!r}; give a number of frames, 0 or more")
 
     def config_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -146,7 +154,8 @@ class Greedy(Segmenter):
         spans, near_tie = segment_one(
             frames_array(frames), self.norm_threshold, self.merge_threshold, self.count_mode, slack
         )
-        return spans[spans[:, 0] < spans[:, 1]], near_tie
+        return close_gaps(spans[spans[:, 0] < spans[:, 1]], self.close_gap), near_tie
 
-    def stream(self) -> GreedyStream:
-        return GreedyStream(self.norm_threshold, self.merge_threshold, self.count_mode, empty=False)
+    def stream(self) -> SegmentStream:
+        stream = GreedyStream(self.norm_threshold, self.merge_threshold, self.count_mode, empty=False)
+        return ClosingStream(stream, self.close_gap) if self.close_gap else stream

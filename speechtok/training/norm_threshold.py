@@ -30,9 +30,10 @@ def crossing(signal: tuple[float, float], noise: tuple[float, float], prior: flo
     a, b = vs - vn, 2 * (vn * ms - vs * mn)
     c = vs * mn**2 - vn * ms**2 - 2 * vs * vn * (math.log(prior) + 0.5 * math.log(vs / vn))
     if abs(a) < 1e-12:  # equal widths: one crossing
-        return -c / b if b else 0.5 * (ms + mn)
-    root = b * b - 4 * a * c
-    found = [] if root < 0 else [(-b + sign * math.sqrt(root)) / (2 * a) for sign in (1, -1)]
+        found = [-c / b] if b else []
+    else:
+        root = b * b - 4 * a * c
+        found = [] if root < 0 else [(-b + sign * math.sqrt(root)) / (2 * a) for sign in (1, -1)]
     between = [x for x in found if min(ms, mn) <= x <= max(ms, mn)]
     return between[0] if between else 0.5 * (ms + mn)
 

@@ -26,7 +26,7 @@ from speechtok.training.recipe import Recipe, section
 from speechtok.training.w2v_bert import W2vBertObjective
 from speechtok.training.w2v_bert_config import W2vBertObjectiveConfig
 
-__all__ = ["pretrain"]
+__all__ = ["pretrain", "read_sound"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,16 +86,12 @@ def pretrain(
     chosen = Recipe.read(recipe, KIND, changes)
     usable_device(device)  # before hours of reading
     if chosen.noisy != (noise is not None):
-        raise InputError("[perturb] noise_probability and noise go together: give both or none")
-    cache = folder / "mels"
-    with one_at_a_time(cache):
-        mels = Mels.build(data, cache / "train", chosen.data.speeds, on_event)
-        watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
-        noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
-        same_beginning(folder / "beginning.json", cache, noises is not None, init)
-    for what, heard in (("data", mels), ("held_out", watched), ("noise", noises)):
-        if heard is not None and heard.failed:
-            logger.warning("%s: %d files were left out; the first: %s", what, len(heard.failed), heard.failed[0])
+        raise InputError(
+            "noise_probability (in [perturb] or [restart_perturb]) and noise go together: give both or none"
+        )
+    mels, watched, noises = read_sound(
+        folder, data, chosen.data.speeds, held_out=held_out, noise=noise, init=init, on_event=on_event
+    )
     torch.manual_seed(chosen.run.seed)
     objective = W2vBertObjective(
         section(W2vBertConfig, chosen.model, "model"),
@@ -123,7 +119,33 @@ def pretrain(
     return save_encoder(objective.export(), folder / "encoder")
 
 
-def same_beginning(path: Path, cache: Path, noisy: bool, init: Path | None) -> None:
+def read_sound(
+    folder: Path,
+    data: str | os.PathLike[str],
+    speeds: tuple[float, ...],
+    *,
+    held_out: str | os.PathLike[str] | None,
+    noise: str | os.PathLike[str] | None,
+    init: Path | None,
+    on_event: Callable[[Event], None],
+) -> tuple[Mels, Mels | None, Mels | None]:
+    """Filter bank frames of training sound (at several speeds), held-out sound and noise, kept in a run's folder.
+
+    Files that are left out go to the log as warnings; parameters and errors as of `pretrain`.
+    """
+    cache = folder / "mels"
+    with one_at_a_time(cache):
+        mels = Mels.build(data, cache / "train", speeds, on_event)
+        watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
+        noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
+        _same_beginning(folder / "beginning.json", cache, noises is not None, init)
+    for what, heard in (("data", mels), ("held_out", watched), ("noise", noises)):
+        if heard is not None and heard.failed:
+            logger.warning("%s: %d files were left out; the first: %s", what, len(heard.failed), heard.failed[0])
+    return mels, watched, noises
+
+
+def _same_beginning(path: Path, cache: Path, noisy: bool, init: Path | None) -> None:
     """Refuse to go on with a run on other sound, noise or first weights than it began with."""
     if init is not None and not (init / WEIGHTS).is_file():
         raise InputError(f"{init} holds no {WEIGHTS}; give the folder 'encoder' of a finished run")

@@ -8,7 +8,7 @@ Here frames are *gated* (see `W2vBertConfig`): a direction of length 1 times a g
 that of the gate, plus, inside of segments, twice the gate times one minus the cosine of the directions. The two parts
 are trained apart: the gate by the cross-entropy of its two values, which rare frames move more than a squared error
 does, and directions by ``2 (1 - cosine)``. The loss is 0 for a student that is its teacher, if frames are constant in
-segments and 0 elsewhere.
+segments, 0 elsewhere, and no segments touch.
 
 What is ours: the first frame of a segment has the target 0 too, half of it its neighbours, so that touching syllables
 are told apart by the norm (a boundary detector, which Sylber 2.0, arXiv 2601.22306, trains as a head of its own; with 7

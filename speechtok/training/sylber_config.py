@@ -63,7 +63,7 @@ class SylberConfig:
     identity_init: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("whitening", "mixture_probability", "mixture_cut"):
+        for name in ("whitening", "mixture_probability", "mixture_cut", "threshold_decay", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"[objective] {name} is {getattr(self, name)}; give a share from 0 to 1")
         for name in ("merge_thresholds", "mixture_snr"):
@@ -72,5 +72,7 @@ class SylberConfig:
                 raise InputError(f"[objective] {name} is {low, high}; give the lower end first")
         if self.generations < 1:
             raise InputError("[objective] generations must be at least 1")
-        if self.teacher_layer < 0 or not 0 < self.gate_weight < float("inf"):
-            raise InputError("[objective] teacher_layer must not be negative, and gate_weight must be positive")
+        if self.teacher_layer < 0 or min(self.gate_weight, self.threshold_prior) <= 0:
+            raise InputError(
+                "[objective] teacher_layer must not be negative, gate_weight and threshold_prior must be positive"
+            )

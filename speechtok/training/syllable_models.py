@@ -23,6 +23,7 @@ __all__ = ["steps"]
 MODEL, ENCODER, THRESHOLDS = "sylber-mini", "sylber-mini-encoder", "sylber-mini-thresholds"
 SYLLABLES, CONTINUA = f"syllables_{MODEL}", f"continua_{MODEL}"
 SILENCE_GAP = 7  # frames: Sylber's 140 ms
+CLOSE_GAP = 4  # frames: the gate shuts for about three between touching syllables
 COMPARED = ("greedy", "min-cut")  # segmenters of the frames of the encoder that the training began with
 OWN = "min-cut"  # another segmenter of the tokenizer's own frames
 
@@ -82,6 +83,7 @@ def _units_step(job: Job) -> Step:
     settings = {
         "clusters": choices.syllables,
         "silence_gap": SILENCE_GAP,
+        "close_gap": CLOSE_GAP,
         "spherical": True,
         "sample_frames": choices.encoder_sample_frames,
         "iterations": choices.iterations,
@@ -93,8 +95,9 @@ def _units_step(job: Job) -> Step:
 
 
 def _units(job: Job, settings: dict[str, Any], task: Task) -> Product:
-    trained, segmenter = task.needs[ENCODER], Greedy(**task.needs[THRESHOLDS].facts["setting"])
-    options = {name: value for name, value in settings.items() if name != "clusters"}
+    trained, chosen = task.needs[ENCODER], task.needs[THRESHOLDS].facts["setting"]
+    segmenter = Greedy(**{**chosen, "close_gap": settings["close_gap"]})
+    options = {name: value for name, value in settings.items() if name not in ("clusters", "close_gap")}
     tokenizer, report = fit(
         str(job.speech("train")), from_pretrained(trained.file("encoder.json").parent), settings["clusters"],
         name=MODEL, segmenter=segmenter, licence=LICENCE, device=job.device, on_event=job.on_event, **options,

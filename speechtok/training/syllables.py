@@ -1,6 +1,5 @@
 """Train a Sylber encoder from a recipe: read the sound, run both stages, write the encoder."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,18 +16,14 @@ from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import InputError
 from speechtok.segmenters.energy import EnergySeeds
 from speechtok.tokenizer import usable_device
-from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
-from speechtok.training.mels import Mels
-from speechtok.training.pretrain import same_beginning
+from speechtok.training.pretrain import read_sound
 from speechtok.training.recipe import Recipe, section
 from speechtok.training.sylber import SeededMels, SylberObjective
 from speechtok.training.sylber_config import SylberConfig
 from speechtok.training.syllable_probe import SyllableProbe
 
 __all__ = ["self_segment"]
-
-logger = logging.getLogger(__name__)
 
 KIND = "sylber"
 
@@ -78,7 +73,14 @@ def self_segment(
     chosen = Recipe.read(recipe, KIND, changes)
     usable_device(device)  # before hours of reading
     if chosen.noisy != (noise is not None):
-        raise InputError("[perturb] noise_probability and noise go together: give both or none")
+        raise InputError(
+            "noise_probability (in [perturb] or [restart_perturb]) and noise go together: give both or none"
+        )
+    if chosen.restart is not None and chosen.restart.step >= chosen.run.steps:
+        raise InputError(
+            f"[restart] step {chosen.restart.step} is not before the end of the run ({chosen.run.steps} steps): there "
+            "would be no second stage; set restart.step too"
+        )
     model, config = section(W2vBertConfig, chosen.model, "model"), section(SylberConfig, chosen.objective, "objective")
     given = None if init is None else from_pretrained(init)
     first = None if init is None else from_pretrained(init, config.teacher_layer)
@@ -91,15 +93,9 @@ def self_segment(
     )
     if given is not None:
         objective.begin_with(cast(W2vBertEncoder, given))
-    cache = folder / "mels"
-    with one_at_a_time(cache):
-        mels = Mels.build(data, cache / "train", chosen.data.speeds, on_event)
-        watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
-        noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
-        same_beginning(folder / "beginning.json", cache, noises is not None, init)
-    for what, heard in (("data", mels), ("held_out", watched), ("noise", noises)):
-        if heard is not None and heard.failed:
-            logger.warning("%s: %d files were left out; the first: %s", what, len(heard.failed), heard.failed[0])
+    mels, watched, noises = read_sound(
+        folder, data, chosen.data.speeds, held_out=held_out, noise=noise, init=init, on_event=on_event
+    )
     if given is None and model.normalization == "stored":
         objective.encoder.feature_mean.copy_(torch.from_numpy(mels.mean))
         objective.encoder.feature_scale.copy_(1.0 / torch.from_numpy(mels.deviation))
