@@ -303,7 +303,8 @@ def _show_syllables(folder: str, tolerance_ms: float, results: list[dict[str, An
             if found["units"]:
                 said, cost = found["units"]["iou"], found["units"]["cost"]
                 units.append([*row, round(cost["tokens_per_second"], 2), result["vocab_size"], said["pairs"]])
-                units[-1] += [said["types"], *(_percent(said[name]) for name in (*purities, "snmi_bias"))]
+                told = (f"{_percent(said[x])} ({_percent(said[f'{x}_chance'])})" for x in purities)
+                units[-1] += [said["types"], *told]
                 units[-1] += [_percent(found["units"]["overlap"]["snmi"])]
                 units[-1] += [
                     round(cost[name], 1)
@@ -319,9 +320,9 @@ def _show_syllables(folder: str, tolerance_ms: float, results: list[dict[str, An
     )  # fmt: skip
     if units:
         print_table(
-            "Units and syllables, in %, matched by IoU (last SNMI: by longest overlap); cost",
+            "Units and syllables, in % (units in random order), matched by IoU (last SNMI: by longest overlap); cost",
             [
-                "cut by", "speech", "tokens/s", "vocabulary", "pairs", "types", "SP", "CP", "SNMI", "bias", "SNMI",
+                "cut by", "speech", "tokens/s", "vocabulary", "pairs", "types", "SP", "CP", "SNMI", "SNMI",
                 "nominal bit/s", "entropy bit/s", "+durations",
             ],
             units,
