@@ -103,7 +103,8 @@ def test_frames_are_those_of_the_encoder(clip_wave):
 
 def by_function(kind, frames, setting):
     if kind == "greedy":
-        return greedy_segment(frames, **setting)
+        assert setting["close_gap"] == 0
+        return greedy_segment(frames, **{name: value for name, value in setting.items() if name != "close_gap"})
     if kind == "min-cut":
         voiced = np.linalg.norm(frames, axis=1) > setting["norm_threshold"]
         return min_cut_segment(frames, voiced, **{k: v for k, v in setting.items() if k != "norm_threshold"})
