@@ -197,12 +197,15 @@ def abx(
 ) -> None:
     """ABX error of phones between equal neighbours, within and across speakers."""
     import speechtok
+    from speechtok.evaluation.abx import check
     from speechtok.evaluation.abx import evaluate as run
 
     conditions: list[Literal["within", "across"]] = [one.value for one in condition or Condition]
     results = []
     for name in tokenizer or [DEFAULT_TOKENIZER]:
         loaded = speechtok.load(name, device=device)
+        for kind in representation or Representation:
+            check(loaded, kind.value)  # all of them before the first is computed
         for kind in representation or Representation:
             with progress(log) as tell:
                 results.append(

@@ -22,9 +22,15 @@ from speechtok.metrics.frame_distances import Distance
 from speechtok.quantizers.kmeans import KMeans
 from speechtok.tokenizer import Tokenizer
 
-__all__ = ["Representation", "evaluate"]
+__all__ = ["Representation", "check", "evaluate"]
 
 Representation = Literal["frames", "units"]
+
+
+def check(source: Tokenizer, representation: Representation) -> None:
+    """Refuse what has no frames: InputError for the units of a tokenizer with a segmenter."""
+    if representation == "units" and source.segmenter is not None:
+        raise InputError(f"{source.name}: its units are segments, not frames; compare its frames alone (-r frames)")
 
 
 def evaluate(
@@ -83,8 +89,7 @@ def evaluate(
         if representation == "units":
             raise InputError("an encoder has no units; give a tokenizer, or representation='frames'")
         source = Tokenizer(source, KMeans(np.zeros((1, source.dim), np.float32)), name=source.type)
-    if representation == "units" and source.segmenter is not None:
-        raise InputError(f"{source.name}: its units are segments, not frames; give representation='frames'")
+    check(source, representation)
     chosen: Distance = distance or ("identical" if representation == "units" else "angular")
     utterances = spread(read(folder), limit_files)
     tokens: list[list[tuple[Utterance, Triphone]]] = []
