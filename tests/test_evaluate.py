@@ -373,3 +373,10 @@ def test_abx_on_real_speech(shared, tokenizer):
     for condition in ("within", "across"):
         assert 5 < frames[condition]["error"] < units[condition]["error"] < 50
     assert frames["within"]["error"] < frames["across"]["error"]
+
+
+def test_abx_of_units_is_refused_before_frames_are_computed(tmp_path):
+    """The folder does not exist: what is told first shows what was looked at first."""
+    done = CliRunner().invoke(app, ["evaluate", "abx", str(tmp_path / "nowhere"), "-t", "sylber-mini"])
+    assert done.exit_code != 0
+    assert "-r frames" in str(done.exception or done.output)

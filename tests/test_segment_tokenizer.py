@@ -447,11 +447,3 @@ def test_state_does_not_grow(bases, clip_wave, encoder):
             stream.push(clip_wave)
             sizes.append(len(pickle.dumps(stream.state())))
     assert max(sizes[10:]) <= 1.2 * max(sizes[:10])
-
-
-def test_abx_of_units_is_refused_before_frames_are_computed(bases, clip_wave, tmp_path):
-    folder = segmented(bases["mfcc"], clip_wave).save(tmp_path / "segmental")
-    done = CliRunner().invoke(app, ["evaluate", "abx", str(tmp_path / "nowhere"), "-t", str(folder)])
-    assert done.exit_code != 0
-    # The folder does not exist: what is told first shows what was looked at first.
-    assert "-r frames" in str(done.exception or done.output)
