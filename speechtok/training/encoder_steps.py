@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Training:
         folder of the encoder to begin with, None without `init`.
     init : str, optional
         Step of the encoder to begin with.
+    constants : dict
+        What decides the training besides the recipe, as plain values.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Training:
     recipe: Recipe
     train: Callable[[Path, Path | None], object]
     init: str | None = None
+    constants: dict[str, Any] = field(default_factory=dict)
 
 
 def encoder_step(job: Job, training: Training, given: Path | None) -> Step:
@@ -67,7 +70,7 @@ def encoder_step(job: Job, training: Training, given: Path | None) -> Step:
     if given is not None and not (given / DESCRIPTION).is_file():
         raise InputError(f"{given} holds no {DESCRIPTION}; give the folder 'encoder' of a finished run")
     config = json.loads(json.dumps(training.recipe.as_dict()))
-    settings: dict[str, Any] = {"recipe": config}
+    settings: dict[str, Any] = {"recipe": config, **training.constants}
     data = {"train": sounds(job.speech("train"))}
     if training.recipe.noisy:
         data["noise"] = changes(job.places.data)["noise"]

@@ -59,7 +59,8 @@ def _training(job: Job, base_encoder: str) -> Training:
             device=job.device, on_event=job.on_event,
         )  # fmt: skip
 
-    return Training(ENCODER, job.choices.syllable_recipe, job.syllable_recipe, train, base_encoder)
+    constants = {"seeds": asdict(EnergySeeds())}
+    return Training(ENCODER, job.choices.syllable_recipe, job.syllable_recipe, train, base_encoder, constants)
 
 
 # -- thresholds and units ---------------------------------------------------------------------------------------------
