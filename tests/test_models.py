@@ -512,5 +512,177 @@ def test_each_change_reaches_what_depends_on_it(toy):
     assert changed["w2vbert-mini-encoder"] == "settings changed (recipe)"
     toy.recipe.write_text(RECIPE)
     toy.syllable_recipe.write_text(SYLLABLE_RECIPE.replace("steps = 20", "steps = 21"))
+    changed = toy.plan()
+    assert changed["sylber-mini-encoder"] == "settings changed (recipe)"
+    assert set(changed) == {name for name in learned if "sylber" in name}
+    toy.syllable_recipe.write_text(SYLLABLE_RECIPE)
+    listing = toy.places.data / "speech" / "dev" / "alignments.jsonl"
+    text = listing.read_text()
+    listing.write_text(text.replace('"AA"', '"AE"'))
+    assert {"sylber-mini-thresholds", "sylber-mini", "card_sylber-mini"} <= set(toy.plan())
+    assert "sylber-mini-encoder" not in toy.plan()  # learns nothing from alignments
+    listing.write_text(text)
+    labels = toy.places.data / "speech" / "eval" / "alignments.jsonl"
+    text = labels.read_text()
+    labels.write_text(text.replace('"AA"', '"AE"'))
+    measured = {"units", "abx", "card", "logmel-k4", "logmel-k6", "syllables", "continua"}
+    assert {name.split("_")[0] for name in toy.plan()} == measured
+    labels.write_text(text)
+    sound = toy.places.data / "speech" / "train" / "librispeech" / "more.flac"
+    shutil.copy(sound.with_name("one-0.flac"), sound)
+    assert {"mfcc-k4", "w2vbert-mini-encoder", "w2vbert-mini", "card_w2vbert-mini-k4"} <= set(toy.plan())
+    sound.unlink()
+    assert toy.plan() == {}
+
+
+def test_an_encoder_of_syllables_is_given(toy, tmp_path):
+    """A copy of the checkout, so that other tests find what they left."""
+    places = models.Places(toy.places.data, tmp_path / "checkout", tmp_path / "runs")
+    shutil.copytree(toy.places.root, places.root)
+    shutil.copytree(toy.places.runs, places.runs)
+    entries = models.record(toy.places).entries
+
+    def folder(step: str) -> Path:
+        return (places.runs / next(name for name in entries[step]["files"] if name.endswith(".json"))).parent
+
+    trained, given = folder("sylber-mini-encoder"), tmp_path / "better" / "encoder"
+    shutil.copytree(trained.parent, given.parent)
+    weights = load_file(given / "encoder.safetensors")
+    save_file({name: tensor * 1.25 for name, tensor in weights.items()}, given / "encoder.safetensors")
+    toy = Copy(toy, places)
+    planned = toy.plan(syllable_encoder=given)
+    assert planned["sylber-mini-encoder"] == "another encoder.safetensors is given"
+    assert "w2vbert-mini-layer" not in planned
+    # The record says with what the first encoder came out; the run began with that, or is refused.
+    beginning = given.parent / "beginning.json"
+    begun = json.loads(beginning.read_text())
+    first = file_hash(folder("w2vbert-mini-encoder") / "encoder.safetensors")
+    for init in ("0" * 16, None):
+        beginning.write_text(json.dumps(begun | {"init": init}))
+        with pytest.raises(SpeechtokError, match="another encoder than that of step w2vbert-mini-encoder"):
+            toy.run("sylber-mini-encoder", syllable_encoder=given)
+    beginning.write_text("[]")
+    with pytest.raises(SpeechtokError, match="beginning.json is damaged"):
+        toy.run("sylber-mini-encoder", syllable_encoder=given)
+    beginning.write_text(json.dumps(begun | {"init": first[:16]}))
+    assert toy.run("sylber-mini-encoder", syllable_encoder=given) == ["sylber-mini-encoder"]
+    assert "sylber-mini-encoder" not in toy.plan()
+    assert file_hash(folder("sylber-mini-encoder") / "encoder.safetensors") == file_hash(given / "encoder.safetensors")
+    # Without its configuration nothing is claimed of it, and the recipe would replace it.
+    (given.parent / "config.json").unlink()
+    beginning.write_text(json.dumps(begun | {"init": "0" * 16}))
+    assert toy.run("sylber-mini-encoder", syllable_encoder=given) == ["sylber-mini-encoder"]
+    assert "settings changed" in toy.plan()["sylber-mini-encoder"]
+
+
+def test_another_encoder_takes_the_place_of_the_old_one(toy, tmp_path):
+    run = next(path.parent for path in toy.places.runs.glob("w2vbert-mini-toy-*/encoder"))
+    given = tmp_path / "better" / "encoder"
+    shutil.copytree(run / "encoder", given)
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(run / name, given.parent)
+    weights = load_file(given / "encoder.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, given / "encoder.safetensors")
+    before = speechtok.load(toy.asset("w2vbert-mini")).fingerprint
+    planned = toy.plan(encoder=given)
+    assert planned["w2vbert-mini-encoder"] == "another encoder.safetensors is given"
+    assert not any("mfcc" in name or "logmel" in name for name in planned)
+    built = toy.run("w2vbert-mini", encoder=given)
+    assert built == ["w2vbert-mini-encoder", "w2vbert-mini-layer", "w2vbert-mini"]
+    assert speechtok.load(toy.asset("w2vbert-mini")).fingerprint != before
+    # Its run says that it followed the recipe, so it is not replaced when it is not given again.
+    assert not {"w2vbert-mini-encoder", "w2vbert-mini"} & set(toy.plan())
+    assert "w2vbert-mini-k4" in toy.plan()
+    # Of an encoder without a run nothing is known: the recipe would replace it.
+    (given.parent / "config.json").unlink()
+    assert toy.run("w2vbert-mini-encoder", encoder=given) == ["w2vbert-mini-encoder"]
+    assert "settings changed" in toy.plan()["w2vbert-mini-encoder"]
+    for option in ("encoder", "syllable_encoder"):
+        with pytest.raises(InputError, match="no encoder.json"):
+            toy.steps(**{option: tmp_path})
+
+
+def test_cards_refuse_tables_of_another_tokenizer(toy):
+    results = toy.places.root / "benchmarks" / "results"
+    other = cards.Figures.read(results / "units_mfcc-k6.json", results / "abx_mfcc-k6.json")
+    with pytest.raises(FormatError, match="make them anew"):
+        cards.write_card(toy.asset("mfcc-k4"), other, [], [], "make models", None)
+    with pytest.raises(FormatError, match="no tables"):
+        cards.Figures.read(results / "abx_mfcc-k6.json", results / "units_mfcc-k6.json")
+    with pytest.raises(InputError, match="metadata.jsonl"):
+        cards.corpora(toy.places.root)
+
+
+def test_the_card_of_syllables_refuses_tables_of_another_tokenizer(toy, tmp_path):
+    results = toy.places.root / "benchmarks" / "results"
+    tables = [results / f"{kind}_sylber-mini.json" for kind in ("syllables", "continua")]
+    origin = cards.Origin("toy", {}, {})
+
+    def write(syllables: Path, continua: Path) -> None:
+        syllable_card.write_card(toy.asset("sylber-mini"), syllables, continua, [], "make models", origin, [])
+
+    with pytest.raises(FormatError, match="no tables of .*sylber-mini.*make them anew"):
+        write(*tables[::-1])
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(tables[1].read_text())[1:]))
+    with pytest.raises(FormatError, match="first row is that of w2vbert-mini"):
+        write(tables[0], other)
+    rows = json.loads(tables[0].read_text())
+    rows[0]["facts"]["fingerprint"] = "123"
+    other.write_text(json.dumps(rows))
+    with pytest.raises(FormatError, match="made with 123; make it anew"):
+        write(other, tables[1])
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_would_do(toy, tmp_path):
+    (tmp_path / "assets").mkdir()
+    options = [
+        "train",
+        "models",
+        "--data",
+        toy.places.data,
+        "--root",
+        tmp_path,
+        "--runs",
+        tmp_path / "runs",
+        "--dry-run",
+    ]
+    for size in ("cpu", "gpu"):
+        result = CliRunner().invoke(app, [str(x) for x in (*options, "--size", size)], catch_exceptions=False)
+        assert result.exit_code == 0
+        told = result.stdout.splitlines()
+        assert "w2vbert-mini-encoder: new" in told
+        assert (
+            told.index("mfcc-k500: new") < told.index("card_mfcc-k500: new") < told.index("card_w2vbert-mini-k100: new")
+        )
+    assert list(tmp_path.iterdir()) == [tmp_path / "assets"]
+    only = CliRunner().invoke(app, [str(x) for x in (*options, "--only", "units_mfcc-k500")], catch_exceptions=False)
+    assert only.stdout.splitlines() == ["mfcc-k500: new", "units_mfcc-k500: new"]
+    with pytest.raises(InputError, match="no folder assets"):
+        CliRunner().invoke(app, [str(x) for x in (*options[:4], "--root", toy.places.data)], catch_exceptions=False)
+
+
+def test_shipped_recipes_are_whole():
+    for size in ("cpu", "gpu"):
+        recipe = Recipe.read(f"w2vbert-mini-{size}", "w2v-bert")
+        assert recipe.model["normalization"] == "stored"
+        # The encoder of syllables of that size can begin with it, and takes its projected layer as the first teacher.
+        config = section(W2vBertConfig, recipe.model, "model")
+        projected = {"projected_layer": recipe.objective["contrastive_blocks"]}
+        first = W2vBertEncoder(replace(config, **projected, projection_size=recipe.objective["final_dim"]))
+        other = Recipe.read(f"sylber-mini-{size}", "sylber")
+        model, settings = (section(W2vBertConfig, other.model, "model"), section(SylberConfig, other.objective, "o"))
+        assert settings.teacher_layer == first.config.projected_layer
+        assert other.data.speeds == recipe.data.speeds  # so that frames are decoded once
+        teacher = W2vBertEncoder(first.config, settings.teacher_layer)
+        SylberObjective(model, settings, teacher, perturb_config=other.perturb).begin_with(first)
+    assert {f"{name}-mini-{size}" for name in ("w2vbert", "sylber") for size in ("cpu", "gpu")} <= set(named())
+
+
+def test_other_constants_of_the_seeds_train_the_encoder_of_syllables_anew(toy, monkeypatch):
+    monkeypatch.setattr(syllable_models, "EnergySeeds", partial(syllable_models.EnergySeeds, pause=0.3))
     changed = {name: reason for name, reason in toy.plan().items() if "seeds" in reason}
-    assert changed == {"sylber-mini-encoder": "settings changed (seeds)"}
+    assert changed == dict.fromkeys(("sylber-mini-encoder", "syllables_sylber-mini"), "settings changed (seeds)")
