@@ -15,11 +15,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-train: $(VENV)/.installed
-	$(PIP) --editable '.[train]'
+	$(PIP) --editable '.[train,eval]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) 'pesq>=0.0.4' || echo 'pesq needs a C compiler: its tests are skipped'
 	$(PIP) --no-deps --upgrade --target $(VENV)/oracles sylber==0.1.4  # pins versions; tests read one of its files
 	touch $@
 
@@ -35,10 +36,12 @@ lint: $(VENV)/.installed-dev
 test: lint
 	$(BIN)/pytest -m "not slow" --cov --cov-report=term
 
-# ENCODER=RUN/encoder takes an encoder that was trained elsewhere, SYLBER_ENCODER one of syllables; the rest follows.
+# ENCODER=RUN/encoder takes an encoder that was trained elsewhere, SYLBER_ENCODER one of syllables, MERT_ENCODER one of
+# music, CODEC=RUN/codec a codec; the rest follows.
 models: $(VENV)/.installed-train
 	$(BIN)/speechtok train models --data $(DATA) --size $(SIZE) $(if $(ENCODER),--encoder $(ENCODER)) \
-		$(if $(SYLBER_ENCODER),--sylber-encoder $(SYLBER_ENCODER))
+		$(if $(SYLBER_ENCODER),--sylber-encoder $(SYLBER_ENCODER)) $(if $(CODEC),--codec $(CODEC)) \
+		$(if $(MERT_ENCODER),--mert-encoder $(MERT_ENCODER))
 
 # Tables of the shipped tokenizers (evaluate units, evaluate abx) are refreshed by `make models`.
 bench: $(VENV)/.installed-dev

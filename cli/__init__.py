@@ -15,6 +15,7 @@ from .fit import fit
 from .models import models
 from .show import show
 from .stream import stream
+from .synth import synth
 from .tokenize import tokenize
 from .train import train
 from .verify import verify
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (tokenize, fit, models, show, stream, verify, convert):
+for command in (tokenize, synth, fit, models, show, stream, verify, convert):
     app.command()(command)
 app.add_typer(train)
 app.add_typer(evaluate, name="evaluate")

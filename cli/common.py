@@ -87,6 +87,7 @@ _LABELS = {
     "scan": "looking for files",
     "plan": "reading headers",
     "run": "encoding",
+    "decode": "decoding",
     "write": "writing",
     "sample": "sampling",
     "fit": "k-means",
@@ -131,7 +132,7 @@ def _bar() -> Iterator[Callable[[Any], None]]:
                 begin[event.stage] = time.perf_counter()
                 tasks[event.stage] = bar.add_task(_LABELS[event.stage], total=event.total or None, rate="")
             speed = event.done / max(1e-9, time.perf_counter() - begin[event.stage])
-            rate = f"{speed:,.0f} audio-s/s" if event.stage == "run" and event.done else event.note
+            rate = f"{speed:,.0f} audio-s/s" if event.stage in ("run", "decode") and event.done else event.note
             bar.update(tasks[event.stage], completed=event.done, total=event.total or None, rate=rate)
 
         yield tell

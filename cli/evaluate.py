@@ -1,4 +1,4 @@
-"""``speechtok evaluate``: tokenizers measured on aligned speech, and on continua."""
+"""``speechtok evaluate``: tokenizers measured on aligned speech, on continua, and by probes."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .common import DEFAULT_TOKENIZER, Device, Json, Log, LogMode, print_table, progress, write_json
+from .evaluate_codec import codec
+from .evaluate_probe import probe
 
 __all__ = ["evaluate"]
 
 evaluate = typer.Typer(
-    help="Measure tokenizers on aligned speech and on continua between syllables.",
+    help="Measure tokenizers on aligned speech, on continua, by probes, and codecs by their sound.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -410,3 +412,7 @@ def continua(
     )
     told = ", ".join(f"{name} {value}" for name, value in PUBLISHED.items())
     typer.echo(f"Published, on other continua (arXiv 2410.07168), for their order alone: {told}")
+
+
+evaluate.command()(probe)
+evaluate.command()(codec)

@@ -14,6 +14,7 @@ def models(json_file: Json = None) -> None:
         "encoder",
         "layer",
         "rate",
+        "codebooks",
         "vocab_size",
         "bitrate",
         "megabytes",
@@ -21,5 +22,17 @@ def models(json_file: Json = None) -> None:
         "status",
         "revision",
     ]
-    titles = ["name", "encoder", "layer", "units/s", "vocabulary", "bit/s", "MB", "licence", "status", "revision"]
+    titles = [
+        "name",
+        "encoder",
+        "layer",
+        "units/s",
+        "books",
+        "vocabulary",
+        "bit/s",
+        "MB",
+        "licence",
+        "status",
+        "revision",
+    ]
     print_table("Tokenizers", titles, [["-" if row[c] is None else row[c] for c in columns] for row in rows])

@@ -26,6 +26,9 @@ def tokenize(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")],
     tokenizer: TokenizerName = DEFAULT_TOKENIZER,
+    codebooks: Annotated[
+        int | None, typer.Option(min=1, help="Of a codec, use the first so many codebooks (default: all).")
+    ] = None,
     output_format: Annotated[
         str, typer.Option("--format", "-f", help="parquet, jsonl, km, textless, slamkit, npy, webdataset or kaldi.")
     ] = "parquet",
@@ -48,8 +51,8 @@ def tokenize(
 
     with progress(log) as tell:
         summary = engine.tokenize(
-            source, out, tokenizer=tokenizer, output_format=output_format, workers=workers, device=device, rank=rank,
-            world=world,
+            source, out, tokenizer=tokenizer, codebooks=codebooks, output_format=output_format, workers=workers,
+            device=device, rank=rank, world=world,
             batch_seconds=batch_seconds, shard_seconds=shard_seconds, overwrite=overwrite, on_event=tell,
         )  # fmt: skip
     speed = summary.audio_seconds / summary.wall_seconds if summary.wall_seconds else 0.0

@@ -84,6 +84,61 @@ def sylber(
     typer.echo(str(folder))
 
 
+@train.command("mert")
+def mert(
+    recipe: Recipe,
+    data: Data,
+    out: Out,
+    teacher: Annotated[
+        str | None, typer.Option(help="Acoustic teacher: a tokenizer of 75 frames per second, such as codec-mini.")
+    ] = None,
+    held_out: HeldOut = None,
+    change: Change = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+) -> None:
+    """Pre-train a MERT encoder on music and other sound; RUN/encoder is what `speechtok fit --encoder` takes.
+
+    The teacher's codes are computed first and kept in the run's folder. Under torchrun, every process takes its share
+    of each batch.
+    """
+    from speechtok.training.music import pretrain_mert
+    from speechtok.training.recipe import parse_changes
+
+    with progress(log) as tell:
+        folder = pretrain_mert(
+            recipe, data, out, teacher=teacher, held_out=held_out, changes=parse_changes(change), device=device,
+            on_event=tell,
+        )  # fmt: skip
+    typer.echo(str(folder))
+
+
+@train.command("codec")
+def codec(
+    recipe: Recipe,
+    data: Data,
+    out: Out,
+    held_out: HeldOut = None,
+    name: Annotated[str, typer.Option(help="Of the tokenizer.")] = "codec",
+    change: Change = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+) -> None:
+    """Train a codec; RUN/codec is a tokenizer for `speechtok tokenize --tokenizer` and `speechtok synth`.
+
+    Under torchrun, every process takes its share of each batch.
+    """
+    from speechtok.training.compression import train_codec
+    from speechtok.training.recipe import parse_changes
+
+    with progress(log) as tell:
+        folder = train_codec(
+            recipe, data, out, held_out=held_out, name=name, changes=parse_changes(change), device=device,
+            on_event=tell,
+        )  # fmt: skip
+    typer.echo(str(folder))
+
+
 class Size(StrEnum):
     """What shipped models are trained on."""
 
@@ -93,8 +148,8 @@ class Size(StrEnum):
 
 @train.command("models")
 def models(
-    data: Annotated[Path, typer.Option(help="Holds speech/train, speech/dev, speech/eval, noise and rir.")],
-    size: Annotated[Size, typer.Option(help="Of encoders: recipes w2vbert-mini-SIZE and sylber-mini-SIZE.")] = Size.cpu,
+    data: Annotated[Path, typer.Option(help="Holds the folders speech, music, noise and rir.")],
+    size: Annotated[Size, typer.Option(help="Of encoders: recipes w2vbert-mini-SIZE and so on.")] = Size.cpu,
     only: Annotated[
         list[str] | None, typer.Option(metavar="STEP", help="Just this step and what it needs; may be repeated.")
     ] = None,
@@ -104,6 +159,12 @@ def models(
     ] = None,
     sylber_encoder: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Likewise, the encoder of syllables that begins with it.")
+    ] = None,
+    codec: Annotated[
+        Path | None, typer.Option("--codec", metavar="FOLDER", help="Take this trained codec (RUN/codec) instead.")
+    ] = None,
+    mert_encoder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Likewise, the encoder of music that the codec teaches.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Runs in progress and trained encoders are kept here.")] = Path("runs"),
     root: Annotated[Path, typer.Option(help="Checkout whose assets and tables are refreshed.")] = Path(),
@@ -120,10 +181,11 @@ def models(
     places = Places(data, root, runs)
     known = record(places)
     with progress(log) as tell:
+        first, syllables, waves, music = (f"{name}-mini-{size}" for name in ("w2vbert", "sylber", "codec", "mert"))
         chosen = steps(
-            places, Choices(f"w2vbert-mini-{size.value}", f"sylber-mini-{size.value}"), encoder=encoder,
-            syllable_encoder=sylber_encoder, device=device or ("cuda" if size is Size.gpu else "cpu"),
-            command=f"make models SIZE={size.value}", on_event=tell,
+            places, Choices(first, syllables, waves, music), encoder=encoder, syllable_encoder=sylber_encoder,
+            codec=codec, mert_encoder=mert_encoder, device=device or ("cuda" if size is Size.gpu else "cpu"),
+            command=f"make models SIZE={size}", on_event=tell,
         )  # fmt: skip
         if dry_run:
             for name, reason in plan(chosen, known, only or ()).items():

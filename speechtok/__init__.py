@@ -25,7 +25,7 @@ _NAMES = {
     "Units": "units",
     "load": "hub",
 }
-_MODULES = {"corpus", "encoders", "evaluation", "kernels", "quantizers", "segmenters", "training"}
+_MODULES = {"codecs", "corpus", "encoders", "evaluation", "kernels", "quantizers", "segmenters", "training"}
 
 
 def __getattr__(name: str) -> Any:

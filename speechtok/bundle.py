@@ -4,22 +4,27 @@ Weights that are whole bfloat16 numbers take half the space: a float32 tensor is
 nothing, and read back as float32.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from speechtok.errors import FormatError, OutputError
+from speechtok.errors import CheckpointError, FormatError, OutputError, UnknownNameError
 from speechtok.frames import WindowRule
 from speechtok.quantizers.base import Quantizer
 
 if TYPE_CHECKING:
+    from speechtok.codecs.base import Decoder
     from speechtok.segmenters.base import Segmenter
+    from speechtok.tokenizer import Tokenizer
 
-__all__ = ["FORMAT", "read", "read_description", "read_tensors", "write"]
+__all__ = ["FORMAT", "describe", "digest", "identity", "read", "read_description", "read_tensors", "write"]
 
 FORMAT = 1
 
@@ -51,6 +56,61 @@ def write(folder: Path, description: Mapping[str, Any], parts: Mapping[str, nn.M
         path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise OutputError(f"{folder}: the tokenizer cannot be written ({error})") from error
+
+
+def digest(identity: Mapping[str, Any], parts: Mapping[str, nn.Module]) -> str:
+    """Hash of a configuration and of weights, 32 hexadecimal digits."""
+    found = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for part, module in parts.items():
+        for name, tensor in sorted(module.state_dict().items()):
+            found.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
+
+
+def identity(tokenizer: "Tokenizer") -> dict[str, Any]:
+    """What decides the units, besides the weights."""
+    segments = {}
+    if tokenizer.segmenter is not None:  # without one nothing is said, so that older fingerprints stay as they are
+        segments = {
+            "segmenter": tokenizer.segmenter.type,
+            "segmenter_config": tokenizer.segmenter.config_dict(),
+            "silence_gap": tokenizer.silence_gap,
+        }
+    return {
+        "format": FORMAT,
+        "encoder": tokenizer.encoder.type,
+        "encoder_config": tokenizer.encoder.config_dict(),
+        "layer": tokenizer.encoder.layer,
+        "quantizer": tokenizer.quantizer.type,
+        "quantizer_config": tokenizer.quantizer.config_dict(),
+        **segments,
+        "window": asdict(tokenizer.window),
+    }
+
+
+def describe(tokenizer: "Tokenizer") -> dict[str, Any]:
+    """See `Tokenizer.describe`."""
+    grid, decoder = tokenizer.encoder.grid, dict[str, Any]()
+    if tokenizer.decoder is not None:
+        decoder = {"decoder": tokenizer.decoder.type, "decoder_config": tokenizer.decoder.config_dict()}
+        # It is no part of the fingerprint above, but its file is checked, too.
+        decoder["decoder_fingerprint"] = tokenizer.decoder_fingerprint
+    return {
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        **identity(tokenizer),
+        **decoder,
+        "vocab_size": tokenizer.vocab_size,
+        "codebooks": tokenizer.quantizer.codebooks,
+        "sample_rate": tokenizer.sample_rate,
+        "hop_seconds": grid.hop_seconds,
+        "offset_seconds": grid.offset_seconds,
+        "bitrate": None if tokenizer.bitrate is None else round(tokenizer.bitrate, 3),
+        "licence": tokenizer.licence,
+        "training": tokenizer.training,
+        "versions": {name: version(name) for name in ("speechtok", "torch", "numpy")},
+    }
 
 
 def _narrow(tensor: Tensor) -> Tensor:
@@ -107,7 +167,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Description and parts of a tokenizer: ``encoder``, ``quantizer``, ``segmenter``, ``silence_gap``, ``window``.
+    """Description of a tokenizer, and its parts as arguments of `Tokenizer`.
 
     Raises
     ------
@@ -129,7 +189,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise FormatError(f"{folder / 'encoder.safetensors'} does not fit its configuration: {error}") from error
     quantizer = _quantizer(description, read_tensors(folder / "quantizer.safetensors"), folder)
     segmenter, silence_gap = _segmenter(description, folder)
-    parts = {"encoder": encoder, "quantizer": quantizer, "window": window}
+    parts = {"encoder": encoder, "quantizer": quantizer, "window": window, "decoder": _decoder(description, folder)}
     return description, parts | {"segmenter": segmenter, "silence_gap": silence_gap}
 
 
@@ -142,6 +202,7 @@ def _quantizer(description: Mapping[str, Any], tensors: dict[str, Tensor], folde
         If this version does not know its kind, or configuration or tensors do not fit it.
     """
     from speechtok.quantizers.kmeans import KMeans
+    from speechtok.quantizers.residual import ResidualQuantizer
 
     path, config = folder / "tokenizer.json", description.get("quantizer_config", {})
     match description["quantizer"]:
@@ -150,8 +211,38 @@ def _quantizer(description: Mapping[str, Any], tensors: dict[str, Tensor], folde
             if not isinstance(spherical, bool):
                 raise FormatError(f"{path}: quantizer_config {config!r} is malformed; write or fetch the bundle again")
             return KMeans.from_tensors(tensors, spherical)
+        case "residual":
+            if not isinstance(config, dict):
+                raise FormatError(f"{path}: quantizer_config {config!r} is malformed; write or fetch the bundle again")
+            try:
+                return ResidualQuantizer.from_tensors(tensors, **config)
+            except FormatError as error:
+                raise FormatError(f"{folder / 'quantizer.safetensors'}: {error}") from error
         case kind:
-            raise FormatError(f"{path}: unknown quantizer {kind!r}; this version knows 'kmeans'")
+            raise FormatError(f"{path}: unknown quantizer {kind!r}; this version knows 'kmeans' and 'residual'")
+
+
+def _decoder(description: Mapping[str, Any], folder: Path) -> "Decoder | None":
+    """Decoder of a bundle; None where it has none.
+
+    Raises
+    ------
+    FormatError
+        If this version does not know its kind, or configuration or weights do not fit it.
+    """
+    from speechtok.codecs.build import build
+
+    path, kind = folder / "tokenizer.json", description.get("decoder")
+    if kind is None:
+        return None
+    config = description.get("decoder_config", {})
+    if not isinstance(kind, str) or not isinstance(config, dict):
+        raise FormatError(f"{path}: decoder or decoder_config is malformed; write or fetch the bundle again")
+    weights = read_tensors(folder / "decoder.safetensors")
+    try:
+        return build(kind, config, weights)
+    except (CheckpointError, UnknownNameError, TypeError) as error:
+        raise FormatError(f"{folder}: its decoder cannot be built: {error}") from error
 
 
 def _segmenter(description: Mapping[str, Any], folder: Path) -> "tuple[Segmenter | None, int | None]":

@@ -28,12 +28,16 @@ class FrameGrid:
         Samples one frame reads before any attention, delta or positional context.
     delay : int
         Samples by which a frame's label lags behind the sound (causal models), 0 otherwise.
+    partial : bool
+        Whether frames that a sound's end fills only in part count (codecs: every sample has a frame). Their encoder
+        says what stands behind the end.
     """
 
     sample_rate: int
     hop: int
     receptive_field: int
     delay: int = 0
+    partial: bool = False
 
     @property
     def offset(self) -> int:
@@ -56,11 +60,15 @@ class FrameGrid:
         return self.sample_rate / self.hop
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames that fit completely into `num_samples` samples (no padding)."""
+        """Frames of a sound of `num_samples` samples: those that fit completely, and with `partial` the last one."""
+        return self.whole_frames(num_samples + (self.hop - 1 if self.partial and num_samples else 0))
+
+    def whole_frames(self, num_samples: int) -> int:
+        """Frames that fit completely into `num_samples` samples."""
         return max(0, (num_samples - self.receptive_field) // self.hop + 1)
 
     def num_samples(self, num_frames: int) -> int:
-        """Fewest samples that give `num_frames` frames."""
+        """Fewest samples that hold `num_frames` whole frames."""
         return 0 if num_frames <= 0 else (num_frames - 1) * self.hop + self.receptive_field
 
     def frame_at(self, sample: int) -> int:
@@ -180,7 +188,7 @@ class WindowRule:
         InputError
             If nothing is left between the contexts.
         """
-        core = grid.num_frames(self.max_samples(grid))
+        core = grid.whole_frames(self.max_samples(grid))
         if context is None:
             core -= 2 * self.context(grid)
             sides = f"two contexts of {self.context_seconds} s"
@@ -210,7 +218,8 @@ class WindowRule:
             if final and emitted == 0:
                 yield Window(0, None, 0, 0, grid.num_frames(num_samples))
             return
-        total, core, context = grid.num_frames(num_samples), self.core(grid), self.context(grid)
+        total = grid.num_frames(num_samples) if final else grid.whole_frames(num_samples)
+        core, context = self.core(grid), self.context(grid)
         index = emitted
         while index * core < total:
             first, last = index * core, min((index + 1) * core, total)

@@ -16,7 +16,18 @@ from typing import Any
 
 from speechtok.errors import CheckpointError, UnknownNameError
 
-__all__ = ["DEFAULT", "PUBLISHED", "Published", "cache_folder", "cached_file", "fetch", "resolve", "shipped"]
+__all__ = [
+    "CODECS",
+    "DEFAULT",
+    "PUBLISHED",
+    "Published",
+    "PublishedCodec",
+    "cache_folder",
+    "cached_file",
+    "fetch",
+    "resolve",
+    "shipped",
+]
 
 DEFAULT = "w2vbert-mini"
 
@@ -53,6 +64,30 @@ class Published:
     megabytes: int
     licence: str
     normalize: bool = False
+
+
+@dataclass(frozen=True)
+class PublishedCodec:
+    """A published codec: one repository of the Hugging Face hub.
+
+    Parameters
+    ----------
+    repository, revision : str
+    vocab_size, codebooks : int
+    rate : float
+        Frames per second.
+    megabytes : int
+        Approximate download.
+    licence : str
+    """
+
+    repository: str
+    revision: str
+    vocab_size: int
+    codebooks: int
+    rate: float
+    megabytes: int
+    licence: str
 
 
 _FILES = "https://dl.fbaipublicfiles.com"
@@ -103,14 +138,21 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+CODECS: dict[str, PublishedCodec] = {
+    "facebook/encodec_24khz": PublishedCodec(
+        "facebook/encodec_24khz", "main", 1024, 32, 75.0, 94, "code MIT; weights: see its model card"
+    ),
+}
+
+
 def shipped() -> dict[str, Path]:
     """Tokenizers that come with the package: name -> folder."""
     root = Path(str(files("speechtok.assets")))
     return {path.parent.name: path.parent for path in sorted(root.glob("*/tokenizer.json"))}
 
 
-def resolve(name: str | os.PathLike[str]) -> Path | Published:
-    """Folder of a bundle, or the entry of a published tokenizer.
+def resolve(name: str | os.PathLike[str]) -> Path | Published | PublishedCodec:
+    """Folder of a bundle, or the entry of a published tokenizer or codec.
 
     Parameters
     ----------
@@ -131,7 +173,9 @@ def resolve(name: str | os.PathLike[str]) -> Path | Published:
         return bundles[str(name)]
     if str(name) in PUBLISHED:
         return PUBLISHED[str(name)]
-    known = ", ".join([*bundles, *PUBLISHED])
+    if str(name) in CODECS:
+        return CODECS[str(name)]
+    known = ", ".join([*bundles, *PUBLISHED, *CODECS])
     raise UnknownNameError(f"{str(name)!r} is neither a tokenizer folder nor a known name; known are: {known}")
 
 
@@ -197,6 +241,7 @@ def describe_all() -> list[dict[str, Any]]:
                 "encoder": facts["encoder"],
                 "layer": facts["layer"],
                 "rate": None if "segmenter" in facts else round(1 / facts["hop_seconds"], 3),
+                "codebooks": facts.get("codebooks", 1),
                 "vocab_size": facts["vocab_size"],
                 "bitrate": facts["bitrate"],
                 "megabytes": round(size / 1e6, 3),
@@ -206,15 +251,18 @@ def describe_all() -> list[dict[str, Any]]:
                 "repository": None,
             }
         )
-    for name, entry in PUBLISHED.items():
+    published: dict[str, Published | PublishedCodec] = {**PUBLISHED, **CODECS}
+    for name, entry in published.items():
+        layer, books = (entry.layer, 1) if isinstance(entry, Published) else (None, entry.codebooks)
         rows.append(
             {
                 "name": name,
                 "encoder": entry.repository,
-                "layer": entry.layer,
+                "layer": layer,
                 "rate": entry.rate,
+                "codebooks": books,
                 "vocab_size": entry.vocab_size,
-                "bitrate": round(entry.rate * math.log2(entry.vocab_size), 3),
+                "bitrate": round(entry.rate * books * math.log2(entry.vocab_size), 3),
                 "megabytes": entry.megabytes,
                 "licence": entry.licence,
                 "status": "cached" if _is_cached(entry) else "to download",
@@ -225,11 +273,12 @@ def describe_all() -> list[dict[str, Any]]:
     return rows
 
 
-def _is_cached(entry: Published) -> bool:
+def _is_cached(entry: Published | PublishedCodec) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     weights = (
         try_to_load_from_cache(entry.repository, name, revision=entry.revision)
         for name in ("model.safetensors", "pytorch_model.bin")
     )
-    return any(isinstance(path, str) for path in weights) and cached_file(entry.centroids, entry.sha256).exists()
+    here = any(isinstance(path, str) for path in weights)
+    return here and (isinstance(entry, PublishedCodec) or cached_file(entry.centroids, entry.sha256).exists())

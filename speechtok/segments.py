@@ -9,6 +9,7 @@ another, and then asks the canonical path.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from speechtok.canonical import FramePass, one_thread
+from speechtok.encoders.base import Frames
 from speechtok.errors import CheckpointError, InputError
 from speechtok.frames import Window
 from speechtok.segmenters.base import SegmentStream
@@ -25,7 +27,7 @@ from speechtok.windows import EncodedWindow
 if TYPE_CHECKING:
     from speechtok.tokenizer import Tokenizer
 
-__all__ = ["SegmentPass", "Segments", "cut_sound", "segments_of", "whole_sound"]
+__all__ = ["SegmentPass", "Segments", "cut_sound", "segments_of", "whole_sound", "whole_sounds"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,18 @@ def cut_sound(first: int, count: int, segments: Callable[[], Segments]) -> Encod
     except InputError as problem:
         found, error = Segments.join([]), problem
     return EncodedWindow(first, count, found.ids[None], found.ties, found.spans, error)
+
+
+def whole_sounds(
+    tokenizer: "Tokenizer", batch: Sequence[tuple[Window, NDArray[np.float32]]], frames: Frames, canonical: bool
+) -> list[EncodedWindow]:
+    """Results of sounds of one window each from their frames, see `whole_sound`."""
+    rows = zip(frames.features, frames.lengths.tolist(), strict=True)
+    sounds = [row[:count].cpu().numpy() for row, count in rows]
+    return [
+        cut_sound(window.first, window.count, partial(whole_sound, tokenizer, window, wave, sound, canonical))
+        for (window, wave), sound in zip(batch, sounds, strict=True)
+    ]
 
 
 def whole_sound(

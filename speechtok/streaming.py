@@ -2,7 +2,8 @@
 
 One stream or many that are at different places: `_encode` computes what is ready in all of them together. Encoders in
 chunks go on from their state, chunk by chunk; the others encode windows that hold all that the new frames depend on.
-Segment tokenizers compute one stream after the other, on the canonical path (`speechtok.segments`).
+Segment tokenizers and recurrent encoders compute one stream after the other, on the canonical path.
+The way back, units in and samples out, is `speechtok.decoding.DecoderStream`.
 """
 
 import copy
@@ -20,6 +21,7 @@ from speechtok.audio.decode import as_mono
 from speechtok.audio.resample import Resampler
 from speechtok.encoders.base import ChunkState
 from speechtok.errors import AudioError, InputError
+from speechtok.frame_units import encoded_in_order
 from speechtok.frames import Window, WindowRule
 from speechtok.segments import SegmentPass, cut_sound
 from speechtok.tokenizer import Tokenizer
@@ -140,6 +142,8 @@ def _encode_ready(
             list(_encode_segments(tokenizer, state, queue, final=waves is None))
             for state, queue in zip(states, queues, strict=True)
         ]
+    elif tokenizer.encoder.recurrent:
+        parts = [list(_encode_in_order(tokenizer, *pair)) for pair in zip(states, queues, strict=True)]
     elif tokenizer.encoder.chunked:
         parts = _encode_chunks(tokenizer, states, queues)
     else:
@@ -158,6 +162,13 @@ def _encode_segments(tokenizer: Tokenizer, state: StreamState, queue: Queue, *, 
         yield cut_sound(window.first, window.count, partial(sound.push, tokenizer, window, wave))
     if final:
         yield cut_sound(state.buffer.frames, 0, partial(sound.flush, tokenizer))
+
+
+def _encode_in_order(tokenizer: Tokenizer, state: StreamState, queue: Queue) -> Iterator[EncodedWindow]:
+    for window, wave in queue:
+        assert state.encoder is not None  # noqa: S101 - for the type checker
+        encoded, state.encoder = encoded_in_order(tokenizer, window, wave, state.encoder)
+        yield encoded
 
 
 def _encode_chunks(

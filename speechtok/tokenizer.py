@@ -3,36 +3,38 @@
 Batching never changes a file's units: rows of a batch are masked, and a frame whose two nearest
 centroids are closer than the rounding error (a near-tie) is decided again on one canonical path, which
 is the frame's own window alone on one thread (for encoders of bounded context: just what the frame
-depends on, alone). `speechtok.segments` says how it is with segments.
+depends on, alone). `speechtok.segments` says how it is with segments. Recurrent encoders take the canonical path
+throughout: chunk by chunk, one sound at a time.
+
+A tokenizer with a decoder is a codec: `Tokenizer.decode` turns its units back into sound.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from speechtok import bundle
 from speechtok.audio.decode import AudioFile, as_mono, resampled
-from speechtok.canonical import block_context, one_thread, padded
-from speechtok.encoders.base import ChunkState, Encoder, Frames
-from speechtok.errors import AudioError, CheckpointError, FingerprintError, FormatError, InputError
+from speechtok.canonical import block_context
+from speechtok.decoding import DecoderStream, WavePass, check_parts
+from speechtok.encoders.base import ChunkState, Encoder
+from speechtok.errors import AudioError, FingerprintError, FormatError, InputError
+from speechtok.frame_units import encoded_chunks, encoded_frames, encoded_in_order, frames_of
 from speechtok.frames import Context, Window, WindowRule
 from speechtok.quantizers.base import Quantizer
-from speechtok.segments import SegmentPass, cut_sound, whole_sound
+from speechtok.quantizers.residual import ResidualQuantizer
+from speechtok.segments import SegmentPass, cut_sound, whole_sounds
 from speechtok.units import Units
 from speechtok.windows import EncodedWindow, cut
 
 if TYPE_CHECKING:
+    from speechtok.codecs.base import Decoder
     from speechtok.segmenters.base import Segmenter
     from speechtok.streaming import Stream, Streams
 
@@ -66,6 +68,9 @@ class Tokenizer:
         Segment tokenizers only. Where the gap between a segment and the one before it (or the start of the sound) is
         more than so many frames, one silence unit that spans the gap stands before the segment. Its id is the
         quantizer's ``vocab_size``. A gap behind the last segment has no unit. None: there are no silence units.
+    decoder : Decoder, optional
+        Makes sound of quantized frames. The units do not depend on it, so it is no part of the fingerprint: units that
+        were made before it was trained on, or without it, can be decoded.
     window : WindowRule
         How files longer than ``window.max_seconds`` are cut; part of the fingerprint.
     licence : str
@@ -87,6 +92,7 @@ class Tokenizer:
         name: str,
         segmenter: "Segmenter | None" = None,
         silence_gap: int | None = None,
+        decoder: "Decoder | None" = None,
         window: WindowRule = DEFAULT_WINDOW,
         licence: str = "unknown",
         training: dict[str, Any] | None = None,
@@ -105,7 +111,12 @@ class Tokenizer:
                 f"{name}: silence_gap {silence_gap} is a number of frames between segments; "
                 "give 0 or more together with a segmenter, or leave it out"
             )
+        if segmenter is not None and (encoder.recurrent or decoder is not None):
+            raise FormatError(f"{name}: segments exist of encoders without unbounded state, and have no decoder")
+        if decoder is not None:
+            check_parts(name, encoder, quantizer, decoder)
         self.segmenter, self.silence_gap = segmenter, silence_gap
+        self.decoder = None if decoder is None else decoder.eval()
         self.encoder, self.quantizer = encoder.eval(), quantizer.eval()
         window.core(encoder.grid, self.context)  # refuses a rule that does not fit
         self.name, self.window, self.licence, self.training = name, window, licence, training or {}
@@ -120,6 +131,11 @@ class Tokenizer:
     def context(self) -> Context | None:
         """In which windows of long sounds are cut: the encoder's; for segments in the blocks of the canonical path."""
         return self.encoder.context if self.segmenter is None else block_context(self.encoder)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the windows of a long sound must be encoded in order: what comes before reaches into a window."""
+        return self.segmenter is not None or self.encoder.recurrent
 
     @property
     def segment_hop(self) -> int | None:
@@ -142,6 +158,11 @@ class Tokenizer:
         return self.encoder.grid.rate if self.segmenter is None else None
 
     @property
+    def codebooks(self) -> int:
+        """Ids per frame."""
+        return self.quantizer.codebooks
+
+    @property
     def bitrate(self) -> float | None:
         """Nominal bits per second: ``rate * codebooks * log2(vocab_size)``; None where `rate` is."""
         return None if self.rate is None else self.rate * self.quantizer.codebooks * float(np.log2(self.vocab_size))
@@ -155,9 +176,15 @@ class Tokenizer:
             If this machine or this build of torch has no such device.
         """
         self.device = usable_device(device)
-        self.encoder.to(self.device)
-        self.quantizer.to(self.device)
+        for part in self._parts.values():
+            part.to(self.device)
         return self
+
+    @property
+    def _parts(self) -> "dict[str, torch.nn.Module]":
+        """The parts that have weights."""
+        decoder = {} if self.decoder is None else {"decoder": self.decoder}
+        return {"encoder": self.encoder, "quantizer": self.quantizer, **decoder}
 
     # -- encode ---------------------------------------------------------------------------------------------------
 
@@ -231,14 +258,22 @@ class Tokenizer:
         Yields
         ------
         (name of the sound, EncodedWindow)
-            One per window. Segment tokenizers take the windows of long sounds one by one, and give the last segments of
-            these sounds when there are no more jobs, as one more result.
+            One per window. Recurrent encoders take windows one by one. So do segment tokenizers with those of long
+            sounds, whose last segments come when there are no more jobs, as one more result.
         """
         limit = int(batch_seconds * self.sample_rate)
         pool: list[tuple[Any, Window, NDArray[np.float32]]] = []
         pooled = 0
         long: dict[Any, SegmentPass] = {}
+        states: dict[Any, ChunkState] = {}
         for name, window, wave in jobs:
+            if self.encoder.recurrent:
+                before = states.pop(name, None) or self.encoder.stream_state(1)
+                encoded, state = encoded_in_order(self, window, wave, before)
+                if window.stop is not None:
+                    states[name] = state
+                yield name, encoded
+                continue
             if self.segmenter is not None and window.stop is not None:
                 if name not in long:
                     long[name] = SegmentPass.new(self)
@@ -272,29 +307,21 @@ class Tokenizer:
         Raises
         ------
         InputError
-            If this is a segment tokenizer and a window is not a whole sound: `encode_windows` takes those in order.
+            If `in_order` and a window is not a whole sound: `encode_windows` takes those in order.
         """
-        if self.segmenter is not None and any(window.stop is not None for window, _ in batch):
-            raise InputError(f"{self.name}: a segment may cross windows; give the windows of a sound to encode_windows")
+        if self.in_order and any(window.stop is not None for window, _ in batch):
+            raise InputError(
+                f"{self.name}: a segment, or the encoder's state, may cross windows; give the windows of a sound to "
+                "encode_windows"
+            )
+        if self.encoder.recurrent:
+            return [encoded_in_order(self, *job, self.encoder.stream_state(1))[0] for job in batch]
         # This very pass is the canonical one where the window is alone and nothing can split its sums differently.
         canonical = len(batch) == 1 and self.encoder.context is None and torch.get_num_threads() == 1
-        frames = self._frames([wave for _, wave in batch])
+        frames = frames_of(self, [wave for _, wave in batch])
         if self.segmenter is not None:
-            sounds = [
-                (window, wave, row[:count].cpu().numpy())
-                for (window, wave), row, count in zip(batch, frames.features, frames.lengths, strict=True)
-            ]
-            return [
-                cut_sound(window.first, window.count, partial(whole_sound, self, window, wave, row, canonical))
-                for window, wave, row in sounds
-            ]
-        results = []
-        for (window, wave), (ids, tied) in zip(batch, self._quantized_whole(frames), strict=True):
-            kept = slice(window.skip, window.skip + window.count)
-            ids, ties = ids[:, kept], np.flatnonzero(tied[kept])
-            ids = ids if canonical else self._decided(window, wave, ids, ties)
-            results.append(EncodedWindow(window.first, window.count, ids, len(ties)))
-        return results
+            return whole_sounds(self, batch, frames, canonical)
+        return encoded_frames(self, batch, frames, canonical)
 
     @torch.inference_mode()
     def encode_chunks(
@@ -317,62 +344,7 @@ class Tokenizer:
         ChunkState
             After these chunks.
         """
-        encoder, context = self.encoder, self.encoder.context
-        if context is None:
-            raise InputError(f"{self.name}: its encoder depends on the whole sound and has no chunks")
-        seen, hop = state.seen.tolist(), encoder.hop
-        width = encoder.grid.num_samples(context.chunk)
-        pieces = [wave[at * hop - w.start :][:width] for (w, wave), at in zip(batch, seen, strict=True)]
-        positions = [min(context.chunk, n + context.look_ahead - at) for n, at in zip(frames, seen, strict=True)]
-        features, state = encoder.advance(
-            *padded(pieces, width, self.device), torch.tensor(positions, device=self.device), state
-        )
-        skips = [w.first + context.look_ahead - at for (w, _), at in zip(batch, seen, strict=True)]
-        kept = [slice(skip, skip + w.count) for skip, (w, _) in zip(skips, batch, strict=True)]
-        results = []
-        for (window, wave), (ids, tied) in zip(batch, self._quantized(features, kept), strict=True):
-            ties = np.flatnonzero(tied)
-            ids = self._decided(window, wave, ids, ties)
-            results.append(EncodedWindow(window.first, window.count, ids, len(ties)))
-        return results, state
-
-    def _frames(self, waves: Sequence[NDArray[np.float32]]) -> Frames:
-        """Pad and encode."""
-        return self.encoder(*padded(waves, max(len(wave) for wave in waves), self.device))
-
-    def _quantized_whole(self, frames: Frames) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """Ids int32 [K, T] and near-ties bool [T] of each wave."""
-        return self._quantized(frames.features, [slice(0, count) for count in frames.lengths.tolist()])
-
-    def _quantized(self, features: Tensor, kept: Sequence[slice]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """Quantize float [B, T, D] frames: ids int32 [K, t] and near-ties bool [t] of the kept ones of each row."""
-        codes = self.quantizer(features)
-        ids, margins = codes.ids.cpu().numpy(), codes.margins.cpu().numpy()
-        if any(np.isnan(row[frames]).any() for row, frames in zip(margins, kept, strict=True)):
-            raise CheckpointError(f"{self.name}: the encoder gave NaN frames for finite sound; its weights are damaged")
-        tied = margins < self.encoder.rounding
-        return [(ids[i, :, frames], tied[i, frames]) for i, frames in enumerate(kept)]
-
-    def _decided(
-        self, window: Window, wave: NDArray[np.float32], ids: NDArray[np.int32], ties: NDArray[np.intp]
-    ) -> NDArray[np.int32]:
-        """Ids int32 [K, T] of a window's kept frames, the near-tied ones of them by their canonical decision."""
-        if not len(ties):
-            return ids
-        grid, context = self.encoder.grid, self.encoder.context
-        total = grid.num_frames(len(wave))
-        spans: dict[tuple[int, int], list[int]] = {}  # the frames of a chunk depend on the same samples
-        for tie in ties.tolist():
-            frame = window.skip + tie
-            begin, end = (0, total) if context is None else context.needs(frame, frame + 1)
-            spans.setdefault((begin, min(end, total)), []).append(tie)
-        ids = ids.copy()
-        with one_thread():
-            for (begin, end), chosen in spans.items():
-                piece = wave if context is None else wave[begin * grid.hop :][: grid.num_samples(end - begin)]
-                again, _ = self._quantized_whole(self._frames([piece]))[0]
-                ids[:, chosen] = again[:, window.skip - begin + np.array(chosen)]
-        return ids
+        return encoded_chunks(self, batch, frames, state)
 
     def assemble(self, parts: Iterable[EncodedWindow], first: int = 0) -> Units:
         """Join the results of a sound's windows, in any order, to `Units`; those of frames begin with frame `first`.
@@ -394,6 +366,8 @@ class Tokenizer:
         else:
             spans = np.concatenate([np.zeros((0, 2), np.int64), *(p.spans for p in parts if p.spans is not None)])
         starts, ends = grid.offset + grid.hop * spans.T
+        if grid.partial and len(ends) and parts[-1].stop is not None:
+            ends[-1] = min(ends[-1], parts[-1].stop)  # the last frame ends with its sound
         flat = ids[0] if self.quantizer.codebooks == 1 else ids
         return Units(flat, starts, ends, self.sample_rate, self.vocab_size, self.fingerprint)
 
@@ -409,58 +383,81 @@ class Tokenizer:
 
         return Streams(self, window=window)
 
-    # -- save and load --------------------------------------------------------------------------------------------
+    # -- decode ---------------------------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
-        """What decides the units, besides the weights."""
-        segments = {}
-        if self.segmenter is not None:  # without one nothing is said, so that older fingerprints stay as they are
-            segments = {
-                "segmenter": self.segmenter.type,
-                "segmenter_config": self.segmenter.config_dict(),
-                "silence_gap": self.silence_gap,
-            }
-        return {
-            "format": bundle.FORMAT,
-            "encoder": self.encoder.type,
-            "encoder_config": self.encoder.config_dict(),
-            "layer": self.encoder.layer,
-            "quantizer": self.quantizer.type,
-            "quantizer_config": self.quantizer.config_dict(),
-            **segments,
-            "window": asdict(self.window),
-        }
+    def decode(self, units: Units) -> NDArray[np.float32]:
+        """Sound of units that this tokenizer made, or the one of its first codebooks (`with_codebooks`).
+
+        The wave is computed in blocks of fixed size, so that `DecoderStream` gives the same bits.
+
+        Parameters
+        ----------
+        units : Units
+            Of a whole sound.
+
+        Returns
+        -------
+        float32 [N]
+            At `sample_rate`; N = hop times frames, less what the last unit lacks of a whole frame: the length of the
+            sound, if the units are those of all of it.
+
+        Raises
+        ------
+        FormatError
+            If this tokenizer has no decoder.
+        FingerprintError
+            If the units are those of another tokenizer.
+        """
+        sound = WavePass.new(self)
+        return np.concatenate([sound.push(self, units), sound.flush(self)])
+
+    def decoder_stream(self) -> DecoderStream:
+        """Open a stream of sound; see `speechtok.decoding.DecoderStream`."""
+        return DecoderStream(self)
+
+    def with_codebooks(self, count: int) -> "Tokenizer":
+        """The tokenizer of the first `count` codebooks: the same first ids at a lower bitrate.
+
+        It has the same name and shares encoder and decoder, but has a fingerprint of its own. What it made can be
+        decoded by it and by the one with all codebooks.
+
+        Raises
+        ------
+        InputError
+            If there are not so many codebooks.
+        """
+        if count == self.codebooks:
+            return self
+        if not 1 <= count < self.codebooks or not isinstance(self.quantizer, ResidualQuantizer):
+            raise InputError(f"{self.name} has {self.codebooks} codebooks, not {count}; give 1 to {self.codebooks}")
+        fewer = Tokenizer(
+            self.encoder, self.quantizer.first(count), name=self.name, decoder=self.decoder, window=self.window,
+            licence=self.licence, training=self.training,
+        )  # fmt: skip
+        fewer.device = self.device
+        return fewer
+
+    # -- save and load --------------------------------------------------------------------------------------------
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of configuration and weights, 32 hexadecimal digits."""
-        digest = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode())
-        for part, module in (("encoder", self.encoder), ("quantizer", self.quantizer)):
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:32]
+        return bundle.digest(bundle.identity(self), {"encoder": self.encoder, "quantizer": self.quantizer})
+
+    @cached_property
+    def decoder_fingerprint(self) -> str:
+        """Hash of the decoder's configuration and weights; empty without one."""
+        if self.decoder is None:
+            return ""
+        identity = {"decoder": self.decoder.type, "decoder_config": self.decoder.config_dict()}
+        return bundle.digest(identity, {"decoder": self.decoder})
 
     def describe(self) -> dict[str, Any]:
         """The contents of ``tokenizer.json``: in a bundle and beside every output."""
-        grid = self.encoder.grid
-        return {
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            **self._identity(),
-            "vocab_size": self.vocab_size,
-            "codebooks": self.quantizer.codebooks,
-            "sample_rate": self.sample_rate,
-            "hop_seconds": grid.hop_seconds,
-            "offset_seconds": grid.offset_seconds,
-            "bitrate": None if self.bitrate is None else round(self.bitrate, 3),
-            "licence": self.licence,
-            "training": self.training,
-            "versions": {name: version(name) for name in ("speechtok", "torch", "numpy")},
-        }
+        return bundle.describe(self)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the bundle: ``tokenizer.json``, ``encoder.safetensors`` (if it has weights), ``quantizer.safetensors``.
+        """Write the bundle: ``tokenizer.json`` and for each part with weights a file like ``encoder.safetensors``.
 
         Float32 weights take half the space where all values of a tensor are whole bfloat16 numbers.
 
@@ -469,7 +466,7 @@ class Tokenizer:
         OutputError
             If the folder holds another tokenizer or cannot be written.
         """
-        bundle.write(Path(folder), self.describe(), {"encoder": self.encoder, "quantizer": self.quantizer})
+        bundle.write(Path(folder), self.describe(), self._parts)
         return Path(folder)
 
     @staticmethod
@@ -490,9 +487,11 @@ class Tokenizer:
             training=description.get("training", {}),
             **parts,
         )
-        if tokenizer.fingerprint != description["fingerprint"]:
-            raise FingerprintError(
-                f"{folder}: tokenizer.json says fingerprint {description['fingerprint']}, but its files give "
-                f"{tokenizer.fingerprint}; the bundle is damaged or was edited, fetch or make it again"
-            )
+        found = tokenizer.describe()
+        for name in ("fingerprint", "decoder_fingerprint"):
+            if found.get(name) != description.get(name):
+                raise FingerprintError(
+                    f"{folder}: tokenizer.json says {name} {description.get(name)}, but its files give "
+                    f"{found.get(name)}; the bundle is damaged or was edited, fetch or make it again"
+                )
         return tokenizer

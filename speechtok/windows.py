@@ -31,6 +31,8 @@ class EncodedWindow:
         Of segment tokenizers: first frame and end of each segment, counted in its sound.
     error : InputError or None
         Why the sound has no units: it cannot be cut into segments.
+    stop : int or None
+        Samples of the sound up to the end of this window, where a last frame may be partial.
     """
 
     first: int
@@ -39,6 +41,7 @@ class EncodedWindow:
     ties: int
     spans: NDArray[np.int64] | None = None
     error: InputError | None = None
+    stop: int | None = None
 
 
 def cut(
@@ -111,7 +114,7 @@ class WindowBuffer:
             return
         else:
             most = self.chunks or self.rule.core(self.grid, context) // context.chunk
-            frames = self.grid.num_frames(self.total)
+            frames = self.grid.num_frames(self.total) if final else self.grid.whole_frames(self.total)
             ready = context.ready(frames, final=final)
             while self.emitted < ready:
                 end = min(ready, self.emitted + most)

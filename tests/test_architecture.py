@@ -17,7 +17,7 @@ FLOORS = [
     {"nn", "audio"},
     {"metrics"},
     {"encoders", "segmenters", "quantizers", "codecs", "vocoders", "lm"},
-    {"bundle", "canonical", "segments"},
+    {"bundle", "canonical", "decoding", "frame_units", "segments"},
     {"tokenizer"},
     {"streaming"},
     {"enhancement", "hub"},

@@ -1,4 +1,4 @@
-"""`make models`: the graph of steps with stand-ins that count, and the shipped models at toy size."""
+"""`make models`: the graph of steps with stand-ins that count, and the shipped models of speech at toy size."""
 
 import json
 import shutil
@@ -23,6 +23,7 @@ from speechtok.training.graph import Product, Record, Step, file_hash, ordered, 
 from speechtok.training.recipe import Recipe, named, section
 from speechtok.training.sylber import SylberObjective
 from speechtok.training.sylber_config import SylberConfig
+from tests import toy_sound
 
 # -- the graph --------------------------------------------------------------------------------------------------------
 
@@ -319,20 +320,28 @@ class Toy:
             for line in lines:
                 soundfile.write(folder / line["path"], samples, RATE)
             (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        toy_sound.music(self.places.data, rng)
 
     def steps(self, **options) -> list[Step]:
         choices = models.Choices(
-            self.recipe, self.syllable_recipe, few=4, many=6, syllables=5, sample_frames=800,
-            encoder_sample_frames=400, iterations=3, restarts=1, sweep_every=2, continua=2,
+            self.recipe, self.syllable_recipe, "codec-mini-cpu", "mert-mini-cpu", few=4, many=6, syllables=5,
+            sample_frames=800, encoder_sample_frames=400, iterations=3, restarts=1, sweep_every=2, continua=2,
         )  # fmt: skip
         return models.steps(self.places, choices, **options)
 
+    def spoken(self, steps: list[Step]) -> list[str]:
+        """Names of the steps of speech; test_codec_models and test_music_models have the others."""
+        names = [step.name for step in steps]
+        return names[: names.index("codec-mini")]
+
     def plan(self, **options) -> dict[str, str]:
-        reasons = plan(self.steps(**options), models.record(self.places))
+        steps = self.steps(**options)
+        reasons = plan(steps, models.record(self.places), self.spoken(steps))
         return {name: reason for name, reason in reasons.items() if reason}
 
     def run(self, *only, **options) -> list[str]:
-        return run(self.steps(**options), models.record(self.places), only)
+        steps = self.steps(**options)
+        return run(steps, models.record(self.places), only or self.spoken(steps))
 
     def asset(self, *parts: str) -> Path:
         return self.places.root.joinpath("assets", *parts)
@@ -505,7 +514,7 @@ def test_nothing_is_done_twice(toy):
 
 
 def test_each_change_reaches_what_depends_on_it(toy):
-    learned = {name for name in (step.name for step in toy.steps()) if "w2vbert" in name or "sylber" in name}
+    learned = {name for name in toy.spoken(toy.steps()) if "w2vbert" in name or "sylber" in name}
     toy.recipe.write_text(RECIPE.replace("steps = 3", "steps = 4"))
     changed = toy.plan()
     assert set(changed) == learned
@@ -597,8 +606,10 @@ def test_another_encoder_takes_the_place_of_the_old_one(toy, tmp_path):
     (given.parent / "config.json").unlink()
     assert toy.run("w2vbert-mini-encoder", encoder=given) == ["w2vbert-mini-encoder"]
     assert "settings changed" in toy.plan()["w2vbert-mini-encoder"]
-    for option in ("encoder", "syllable_encoder"):
-        with pytest.raises(InputError, match="no encoder.json"):
+    for option, file in (
+        ("encoder", "encoder"), ("syllable_encoder", "encoder"), ("codec", "tokenizer"), ("mert_encoder", "encoder"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"no {file}.json"):
             toy.steps(**{option: tmp_path})
 
 
@@ -655,12 +666,17 @@ def test_the_command_says_what_it_would_do(toy, tmp_path):
         assert result.exit_code == 0
         told = result.stdout.splitlines()
         assert "w2vbert-mini-encoder: new" in told
+        heard = [told.index(f"{name}: new") for name in ("sylber-mini", "codec-mini", "mert-mini-encoder", "mert-mini")]
+        assert heard == sorted(heard)
         assert (
             told.index("mfcc-k500: new") < told.index("card_mfcc-k500: new") < told.index("card_w2vbert-mini-k100: new")
         )
     assert list(tmp_path.iterdir()) == [tmp_path / "assets"]
     only = CliRunner().invoke(app, [str(x) for x in (*options, "--only", "units_mfcc-k500")], catch_exceptions=False)
     assert only.stdout.splitlines() == ["mfcc-k500: new", "units_mfcc-k500: new"]
+    for option, file in (("--codec", "tokenizer"), ("--mert-encoder", "encoder")):
+        with pytest.raises(InputError, match=f"no {file}.json"):
+            CliRunner().invoke(app, [str(x) for x in (*options, option, tmp_path)], catch_exceptions=False)
     with pytest.raises(InputError, match="no folder assets"):
         CliRunner().invoke(app, [str(x) for x in (*options[:4], "--root", toy.places.data)], catch_exceptions=False)
 
@@ -679,7 +695,8 @@ def test_shipped_recipes_are_whole():
         assert other.data.speeds == recipe.data.speeds  # so that frames are decoded once
         teacher = W2vBertEncoder(first.config, settings.teacher_layer)
         SylberObjective(model, settings, teacher, perturb_config=other.perturb).begin_with(first)
-    assert {f"{name}-mini-{size}" for name in ("w2vbert", "sylber") for size in ("cpu", "gpu")} <= set(named())
+    shipped = ("w2vbert", "sylber", "codec", "mert")
+    assert {f"{name}-mini-{size}" for name in shipped for size in ("cpu", "gpu")} <= set(named())
 
 
 def test_other_constants_of_the_seeds_train_the_encoder_of_syllables_anew(toy, monkeypatch):

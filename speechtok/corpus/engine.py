@@ -1,29 +1,22 @@
 """`tokenize`: a whole input to an output folder, with processes, ranks and resume."""
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from speechtok.corpus import formats
+from speechtok.corpus import workers as processes
 from speechtok.corpus.ledger import Ledger
 from speechtok.corpus.plan import Plan, cut_shards, plan_hash, probe, storable
 from speechtok.corpus.shard import Decoder, ShardResult, run_shard
 from speechtok.corpus.sources import Listing, Utterance, scan
 from speechtok.errors import InputError, OutputError, SpeechtokError
-from speechtok.hub import load
 from speechtok.registry import DEFAULT
 from speechtok.tokenizer import Tokenizer, usable_device
 
@@ -37,9 +30,9 @@ class Event:
     Parameters
     ----------
     stage : str
-        "scan", "plan", "run", "write"; of training "read", "train", "sample", "fit".
+        "scan", "plan", "run", "write"; of synthesis "decode"; of training "read", "train", "sample", "fit".
     done, total : float
-        Files while planning or reading, seconds of audio while running, steps while training.
+        Files while planning or reading, seconds of audio while running or decoding, steps while training.
     note : str
         What else is worth showing beside the progress; may be empty.
     """
@@ -112,31 +105,9 @@ def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[i
     return rank, world
 
 
-# -- worker processes -------------------------------------------------------------------------------------------------
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(tokenizer: Any, devices: Any, threads: int, options: dict[str, Any], progress: Any) -> None:
-    def die_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    # A parent that is killed cannot tell its workers; they must not go on alone.
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    # Ctrl-C reaches the whole process group; the parent decides what becomes of the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load(tokenizer)
-    loaded.to(devices.get())
-    _worker.update(tokenizer=loaded, options=options, progress=progress)
-
-
 def _work(ledger: Ledger, shard: int, utterances: list[Utterance], metadata: dict[str, str]) -> tuple[int, float]:
-    tokenizer, options, progress = _worker["tokenizer"], _worker["options"], _worker["progress"]
-    result = next(_run_shards(tokenizer, [utterances], on_progress=progress.put, **options))
+    tokenizer, options = processes.here.tokenizer, processes.here.options
+    result = next(_run_shards(tokenizer, [utterances], on_progress=processes.here.progress.put, **options))
     ledger.commit(shard, result.rows, result.errors, result.seconds, metadata)
     return shard, result.seconds
 
@@ -170,38 +141,6 @@ def _run_shards(
             following.close()
 
 
-@contextmanager
-def _pool(
-    tokenizer: Any, device: str, workers: int, options: dict[str, Any], on_progress: Callable[[float], None]
-) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    progress, devices = context.SimpleQueue(), context.SimpleQueue()
-    for index in range(workers):
-        devices.put(f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-
-    def listen() -> None:
-        while (seconds := progress.get()) is not None:
-            on_progress(seconds)
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    pool = ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(tokenizer, devices, threads, options, progress)
-    )
-    try:
-        yield pool
-        pool.shutdown()
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    finally:
-        progress.put(None)
-        listener.join(timeout=5)
-
-
 # -- the job ----------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +149,7 @@ def tokenize(
     out: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] | Tokenizer = DEFAULT,
+    codebooks: int | None = None,
     output_format: str = "parquet",
     workers: int = 1,
     device: str = "cpu",
@@ -231,6 +171,8 @@ def tokenize(
         Output folder: ``part-*.parquet`` (or the files of another format), ``tokenizer.json`` and, if files failed,
         ``errors.jsonl``.
     tokenizer : name, path or Tokenizer
+    codebooks : int, optional
+        Of a tokenizer with several, use the first so many; None: all.
     output_format : str
         A key of `speechtok.corpus.formats.FORMATS`.
     workers : int
@@ -256,8 +198,14 @@ def tokenize(
     ):
         raise InputError("workers, batch_seconds and shard_seconds must be positive and finite")
     no_units = formats.FORMATS[output_format].no_units
-    options = _Options(*rank_and_world(rank, world), workers, device, batch_seconds, decode_threads, no_units)
-    loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load(tokenizer)
+    share = rank_and_world(rank, world)
+    options = _Options(*share, workers, device, batch_seconds, decode_threads, no_units, codebooks)
+    loaded = processes.loaded(tokenizer, codebooks)
+    if loaded.codebooks > 1 and not formats.FORMATS[output_format].codebooks:
+        raise InputError(
+            f"{loaded.name} has {loaded.codebooks} codebooks; {output_format} holds one: use "
+            f"{', '.join(formats.several_codebooks())}, or one codebook"
+        )
     usable_device(device)
     on_event(Event("scan", 0, 0))
     listing = storable(_without(scan(source), Path(out)), output_format)
@@ -287,7 +235,7 @@ def tokenize(
 
 @dataclass(frozen=True)
 class _Options:
-    """How a job is run; but for `no_units`, which follows from the format, nothing here changes its output."""
+    """How a job is run; but for `codebooks` and `no_units` (of the format), nothing here changes its output."""
 
     rank: int
     world: int
@@ -296,6 +244,7 @@ class _Options:
     batch_seconds: float
     decode_threads: int | None
     no_units: str
+    codebooks: int | None
 
     def shard_options(self) -> dict[str, Any]:
         threads = self.decode_threads or min(4, os.cpu_count() or 1)
@@ -362,18 +311,19 @@ def _run(
 
     on_event(Event("run", 0, total))
     shards = [utterances[slice(*plan.shards[shard])] for shard in todo]
-    workers = min(options.workers, len(todo))
-    if workers < 2:
+    count = min(options.workers, len(todo))
+    if count < 2:
         loaded.to(options.device)
         results = _run_shards(loaded, shards, on_progress=on_progress, **options.shard_options())
         for shard, result in zip(todo, results, strict=True):
             ledger.commit(shard, result.rows, result.errors, result.seconds, metadata)
             encoded += result.seconds
     else:
-        with _pool(tokenizer, options.device, workers, options.shard_options(), on_progress) as pool:
+        source = processes.Source(tokenizer, options.codebooks, options.device)
+        with processes.pool(source, count, options.shard_options(), on_progress) as pool:
             work = zip(todo, shards, strict=True)
             futures = {pool.submit(_work, ledger, shard, items, metadata) for shard, items in work}
-            encoded = sum(seconds for _, seconds in _results(futures))
+            encoded = sum(seconds for _, seconds in processes.results(futures))
     wall = time.perf_counter() - begin
     on_event(Event("write", 0, len(plan.shards)))
     share = [marker for shard in mine if (marker := ledger.marker(shard))]
@@ -393,20 +343,6 @@ def _run(
     )
     job = ledger.job()
     return replace(summary, files=job["files"], failed=job["failed"]) if complete and job else summary
-
-
-def _results(futures: set[Future[tuple[int, float]]]) -> Iterator[tuple[int, float]]:
-    waiting = futures
-    while waiting:
-        finished, waiting = wait(waiting, return_when="FIRST_COMPLETED")
-        for future in finished:
-            try:
-                yield future.result()
-            except BrokenProcessPool as error:
-                raise SpeechtokError(
-                    "a worker process died (out of memory, or killed); finished shards are kept: run the same command "
-                    "again to go on, with fewer workers or a smaller --batch-seconds"
-                ) from error
 
 
 def _completed(ledger: Ledger, listing: Listing, options: _Options) -> Summary:

@@ -193,7 +193,15 @@ def check_name(format: str, key: str, path: str) -> str | None:  # noqa: A002
 
 def check_units(format: str, row: Row) -> str | None:  # noqa: A002
     """Reason why the key, path or units of this row cannot be stored in the format, or None; raises as `check_name`."""
-    return check_name(format, row.key, row.path) or (None if row.units.size else _format(format).no_units or None)
+    entry = _format(format)
+    if row.codebooks is not None and row.codebooks > 1 and not entry.codebooks:
+        return f"it has {row.codebooks} codebooks; {format} holds one: use {', '.join(several_codebooks())}"
+    return check_name(format, row.key, row.path) or (None if row.units.size else entry.no_units or None)
+
+
+def several_codebooks() -> list[str]:
+    """The formats that hold ids of several codebooks."""
+    return [name for name, entry in FORMATS.items() if entry.codebooks]
 
 
 def _check_row(row: Row) -> str:
@@ -233,9 +241,6 @@ def _storable(entry: Format, rows: Iterable[Row], vocab_size: int | None) -> Ite
                 f"the row {row.key!r} has the unit {row.units.max()}, but the vocabulary of its tokenizer ends at "
                 f"{vocab_size - 1}; the units and tokenizer.json do not belong together"
             )
-        if not entry.codebooks and row.codebooks is not None and row.codebooks > 1:
-            able = ", ".join(name for name, other in FORMATS.items() if other.codebooks)
-            raise FormatError(f"the row {row.key!r} has {row.codebooks} codebooks; {entry.name} holds one: use {able}")
         yield row
 
 

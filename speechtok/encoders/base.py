@@ -68,6 +68,9 @@ class Encoder(nn.Module, ABC):
         depends on the whole utterance (streams of such encoders only approximate the offline result).
     rounding : float
         Bound on the relative rounding error of a frame (Euclidean norm) between batch shapes.
+    recurrent : bool
+        Whether all of the past reaches a frame through the state of `advance` (encoders in chunks only). `context` is
+        that of one chunk then: tokenizers go from chunk to chunk with the state, offline as in streams.
     """
 
     type: ClassVar[str]  # type: ignore[assignment]  # hides nn.Module.type, a dtype cast that nobody needs here
@@ -77,6 +80,7 @@ class Encoder(nn.Module, ABC):
     dim: int
     layer: int | None
     context: Context | None
+    recurrent: bool = False
 
     @property
     def sample_rate(self) -> int:
@@ -182,4 +186,6 @@ class Encoder(nn.Module, ABC):
 
     def frame_lengths(self, lengths: Tensor) -> Tensor:
         """Valid frames for int64 [B] lengths in samples."""
+        if self.grid.partial:
+            lengths = torch.where(lengths > 0, lengths + self.hop - 1, 0)
         return ((lengths - self.receptive_field).div(self.hop, rounding_mode="floor") + 1).clamp_min(0)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from speechtok.encoders.base import Encoder, Frames
 from speechtok.errors import AudioError, CheckpointError, InputError
+from speechtok.nn.cqt_features import OCTAVES, CqtFeatures
 from speechtok.nn.stem import ACTIVATIONS, ConvStem, FeatureProjection, conv_grid
 from speechtok.nn.transformer import PositionalConv, SelfAttention, Transformer
 
 __all__ = ["HubertConfig", "HubertEncoder"]
 
-# Switches that change the graph or the features, with the values at which they do nothing.
+# Switches of published configurations that change the graph or the features, with the values at which they do nothing.
+# Ours has CQT features too, but not the published ones: those come 50 times a second to frames that come 75 times.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "adapter_attn_dim": (None,),
     "deepnorm": (False, None),
@@ -30,7 +32,9 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 class HubertConfig:
     """What inference needs of a HuBERT or wav2vec 2.0 configuration, with Hugging Face's names and defaults.
 
-    `do_normalize` scales each file to zero mean and unit variance first; `sample_rate` is in Hz.
+    `do_normalize` scales each file to zero mean and unit variance first; `sample_rate` is in Hz. With
+    `feature_extractor_cqt`, constant-Q magnitudes stand beside the convolutions' features (see `CqtFeatures`):
+    `feature_extractor_cqt_bins` over seven octaves. No published checkpoint has them.
 
     Raises
     ------
@@ -57,6 +61,8 @@ class HubertConfig:
     do_stable_layer_norm: bool = False
     do_normalize: bool = False
     sample_rate: int = 16000
+    feature_extractor_cqt: bool = False
+    feature_extractor_cqt_bins: int = 336
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -78,6 +84,8 @@ class HubertConfig:
             self._check(name, len(getattr(self, name)) == len(self.conv_dim), "; it needs as many entries as conv_dim")
         for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
             self._check(name, self.hidden_size % getattr(self, name) == 0, f"; hidden_size is {self.hidden_size}")
+        whole = self.feature_extractor_cqt_bins % OCTAVES == 0
+        self._check("feature_extractor_cqt_bins", whole, f"; it must be a multiple of {OCTAVES}, one per octave")
 
     def _check(self, name: str, good: bool, why: str = "") -> None:
         if not good:
@@ -217,8 +225,10 @@ class HubertEncoder(Encoder):
             activation=config.feat_extract_activation,
             bias=config.conv_bias,
         )
+        self.cqt = CqtFeatures(self.grid, config.feature_extractor_cqt_bins) if config.feature_extractor_cqt else None
+        inputs = config.conv_dim[-1] + (config.feature_extractor_cqt_bins if config.feature_extractor_cqt else 0)
         self.feature_projection = FeatureProjection(
-            config.conv_dim[-1], self.dim, norm=config.feat_proj_layer_norm, eps=config.layer_norm_eps
+            inputs, self.dim, norm=config.feat_proj_layer_norm, eps=config.layer_norm_eps
         )
         self.encoder = type(self).transformer(
             self._attention,
@@ -238,6 +248,13 @@ class HubertEncoder(Encoder):
             pre_norm=config.do_stable_layer_norm,
         )
 
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; CQT fields only where they matter: older fingerprints stay."""
+        values = super().config_dict()
+        if not self.config.feature_extractor_cqt:
+            del values["feature_extractor_cqt"], values["feature_extractor_cqt_bins"]
+        return values
+
     def _attention(self, block: int) -> SelfAttention:
         return SelfAttention(self.dim, self.config.num_attention_heads)
 
@@ -248,18 +265,61 @@ class HubertEncoder(Encoder):
         centred = torch.where(valid, exact - exact.sum(1, keepdim=True) / count, 0.0)
         return (centred / (centred.square().sum(1, keepdim=True) / count + 1e-7).sqrt()).float()
 
-    def _states(self, wave: Tensor, lengths: Tensor) -> Iterator[Tensor]:
-        """Hidden states 0 ... `layer` of a wave [B, N], with anything in frames behind the end of a row."""
+    def inputs(self, wave: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features of the convolutions, and beside them constant-Q magnitudes, if the configuration has them.
+
+        Parameters
+        ----------
+        wave : float [B, N]
+            What lies behind the end of a row is ignored; N gives at least one frame.
+        lengths : int64 [B]
+            Valid samples of each row.
+
+        Returns
+        -------
+        features : float [B, T, C]
+            Of the convolutions. Frames behind the end of a row hold nothing of use.
+        magnitudes : float32 [B, T, bins] or None
+        """
         valid = torch.arange(wave.shape[1], device=wave.device) < lengths[:, None]
         wave = torch.where(valid, wave, 0.0)
         if self.config.do_normalize:
             wave = self._normalize(wave, valid, lengths)
-        samples = lengths.tolist()
-        x = self.feature_projection(self.feature_extractor(wave, lengths))
+        return self.feature_extractor(wave, lengths), None if self.cqt is None else self.cqt(wave)
+
+    def walk(
+        self,
+        features: Tensor,
+        magnitudes: Tensor | None,
+        lengths: Tensor,
+        replace: Callable[[Tensor], Tensor] | None = None,
+        skip: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Give the hidden states 0 ... `layer` one after another, float [B, T, D].
+
+        Parameters
+        ----------
+        features, magnitudes
+            From `inputs`.
+        lengths : int64 [B]
+            Valid samples of each row.
+        replace : callable, optional
+            Given the projected frames [B, T, D], returns what the blocks read in their place: masked training.
+        skip : bool [B, layer], optional
+            See `Transformer.forward`.
+        """
+        x = features if magnitudes is None else torch.cat([features, magnitudes.to(features.dtype)], -1)
+        x = self.feature_projection(x)
+        if replace is not None:
+            x = replace(x)
         frames = None
-        if any(self.grid.num_frames(count) < x.shape[1] for count in samples):
+        if any(self.grid.num_frames(count) < x.shape[1] for count in lengths.tolist()):
             frames = self.frame_lengths(lengths)
-        yield from self.encoder(x, frames)
+        yield from self.encoder(x, frames, skip)
+
+    def _states(self, wave: Tensor, lengths: Tensor) -> Iterator[Tensor]:
+        """Hidden states 0 ... `layer` of a wave [B, N], with anything in frames behind the end of a row."""
+        yield from self.walk(*self.inputs(wave, lengths), lengths)
 
     def encode(self, wave: Tensor, lengths: Tensor) -> Frames:
         """Frames of a checked batch; see `Encoder.forward`."""

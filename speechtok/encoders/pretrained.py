@@ -5,10 +5,8 @@ or sharded), or one file with a flat Sylber state dict. Pickles are read with ``
 """
 
 import importlib
-import json
-import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,6 +16,17 @@ import torch
 from torch import Tensor
 
 from speechtok.encoders.base import Encoder
+from speechtok.encoders.checkpoint import (
+    WEIGHT_FILES,
+    as_float,
+    check_weights,
+    flat,
+    fold_weight_norm,
+    read_file,
+    read_json,
+    read_tensors,
+    some,
+)
 from speechtok.errors import CheckpointError, InputError, UnknownNameError
 
 __all__ = ["build", "download", "expected_shapes", "from_pretrained", "load_checkpoint", "read_tensors"]
@@ -30,12 +39,14 @@ class _Entry(NamedTuple):
 
 
 _ENCODERS = {
+    "cqt": _Entry("cqt", "CqtConfig", "CqtEncoder"),
     "hubert": _Entry("hubert", "HubertConfig", "HubertEncoder"),
     "mfcc": _Entry("mfcc", "MfccConfig", "MfccEncoder"),
+    "seanet": _Entry("seanet", "SeanetConfig", "SeanetFrames"),
     "w2v_bert": _Entry("w2v_bert", "W2vBertConfig", "W2vBertEncoder"),
     "wavlm": _Entry("wavlm", "WavLMConfig", "WavLMEncoder"),
 }
-_WITHOUT_WEIGHTS = {"mfcc"}
+_WITHOUT_WEIGHTS = {"cqt", "mfcc"}
 _MODEL_TYPES = {
     "hubert": "hubert",
     "mert_model": "hubert",
@@ -52,24 +63,6 @@ _HEADS = (
 )
 _SPEAKER_HEAD = ("feature_extractor.weight", "feature_extractor.bias")  # a linear map beside the prefixed model
 _JSON_FILES = ("config.json", "preprocessor_config.json")
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_SUFFIXES = (".ckpt", ".pt", ".bin", ".safetensors")
-# What torch.load raises for damaged files and for pickles it refuses.
-_UNPICKLING = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def _classes(kind: str) -> tuple[type[Any], type[Encoder]]:
@@ -103,7 +96,7 @@ def build(type: str, config: Mapping[str, Any], layer: int | None) -> Encoder:  
     unknown = sorted(set(config) - {field.name for field in fields(config_class)})
     if unknown:
         raise CheckpointError(
-            f"{type} encoder: unknown fields {_some(unknown)} in its configuration; update speechtok or mend the file"
+            f"{type} encoder: unknown fields {some(unknown)} in its configuration; update speechtok or mend the file"
         )
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     return _make(encoder_class, config_class(**values), layer).eval()
@@ -173,7 +166,7 @@ def _load(path_or_name: str | Path, layer: int | None, revision: str | None) -> 
         from speechtok.encoders.saved import read_encoder
 
         return read_encoder(folder, layer)
-    description = _read_json(folder / "config.json")
+    description = read_json(folder / "config.json")
     preprocessor = folder / "preprocessor_config.json"
     kind = _MODEL_TYPES.get(str(description.get("model_type")))
     if kind is None:
@@ -182,7 +175,7 @@ def _load(path_or_name: str | Path, layer: int | None, revision: str | None) -> 
             f"known: {', '.join(_MODEL_TYPES)}"
         )
     config_class, encoder_class = _classes(kind)
-    settings = _read_json(preprocessor) if preprocessor.exists() else None
+    settings = read_json(preprocessor) if preprocessor.exists() else None
     tensors = read_tensors(path)
     with _naming(path):
         return load_checkpoint(encoder_class, config_class.from_hf(description, settings), layer, tensors)
@@ -226,26 +219,7 @@ def load_checkpoint(
     encoder = _hollow(encoder_class, config, layer)
     expected = expected_shapes(encoder_class, config)
     found = _plain(tensors)
-    beside = (*_HEADS, *getattr(encoder_class, "ignored_prefixes", ()))
-    missing = [name for name in expected if name not in found and not name.endswith(".num_batches_tracked")]
-    unexpected = [name for name in found if name not in expected and not name.startswith(beside)]
-    wrong = [
-        f"{name} {tuple(found[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {_some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the weights do not fit the configuration; {'; '.join(problems)}. Use the config.json of this checkpoint"
-        )
-    bad = [name for name in expected if name in found and not bool(torch.isfinite(found[name]).all())]
-    if bad:
-        raise CheckpointError(f"{len(bad)} tensors hold NaN or infinity: {_some(bad)}; fetch the checkpoint again")
+    check_weights(expected, found, beside=(*_HEADS, *getattr(encoder_class, "ignored_prefixes", ())))
     state = {
         name: found[name].detach().to(tensor.dtype, copy=True) if name in found else torch.zeros((), dtype=tensor.dtype)
         for name, tensor in encoder.state_dict().items()
@@ -300,7 +274,7 @@ def download(repository: str, revision: str | None = None) -> Path:
     at = repository if revision is None else f"{repository} at revision {revision}"
     try:
         folder = fetch(*_JSON_FILES, "model*.safetensors", "model.safetensors.index.json")
-        if not any((folder / name).exists() for name in _WEIGHT_FILES):  # older repositories hold pickles only
+        if not any((folder / name).exists() for name in WEIGHT_FILES):  # older repositories hold pickles only
             folder = fetch(*_JSON_FILES, "pytorch_model*.bin", "pytorch_model.bin.index.json", "sylber.ckpt")
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UnknownNameError(
@@ -316,90 +290,9 @@ def download(repository: str, revision: str | None = None) -> Path:
     return folder
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint.
-
-    Parameters
-    ----------
-    path : Path
-        A folder with ``model.safetensors`` or ``pytorch_model.bin``, whole or sharded, or one such file.
-
-    Raises
-    ------
-    CheckpointError
-        If files are missing, damaged, or pickles that hold anything but tensors.
-    """
-    if path.is_dir():
-        names = [name for name in _WEIGHT_FILES if (path / name).exists()]
-        if not names:
-            raise CheckpointError(f"{path} has no weights: put model.safetensors or pytorch_model.bin there")
-        path = path / names[0]
-    if path.suffix == ".json":
-        return _read_shards(path)
-    return _flat(_read_file(path), path)
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index} has no weight_map; fetch the checkpoint again")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        if name != Path(name).name or name in ("", ".."):
-            raise CheckpointError(f"{index} points to {name!r}, outside of its folder; it is not a usable checkpoint")
-        shard = _flat(_read_file(index.parent / name), index.parent / name)
-        if set(shard) != {key for key, place in places.items() if place == name}:
-            raise CheckpointError(f"{index.parent / name} does not hold the keys its index lists; fetch it again")
-        tensors |= shard
-    return tensors
-
-
-def _read_file(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from error
-    if path.suffix not in _SUFFIXES:
-        raise CheckpointError(f"{path}: unknown kind of file; known: {', '.join(_SUFFIXES)}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNPICKLING as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and is not unpickled ({reason}); "
-            "convert it to safetensors where you trust it"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; put it beside the weights") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; fetch it again")
-    return content
-
-
-def _flat(content: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise CheckpointError(f"{path} is no state dict: it must map names to tensors; save model.state_dict() instead")
-    return dict(content)
-
-
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without prefix, weights in float32, weight norm folded."""
-    return _fold_weight_norm({name: _as_float(name, tensor) for name, tensor in _strip(tensors).items()})
+    return fold_weight_norm({name: as_float(name, tensor, _HEADS) for name, tensor in _strip(tensors).items()})
 
 
 def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -409,41 +302,9 @@ def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             bare = [name for name in tensors if not name.startswith(prefix)]
             stray = [name for name in bare if not name.startswith(_HEADS) and name not in _SPEAKER_HEAD]
             if stray:
-                raise CheckpointError(f"{len(stray)} unexpected beside {prefix}*: {_some(stray)}; remove them")
+                raise CheckpointError(f"{len(stray)} unexpected beside {prefix}*: {some(stray)}; remove them")
             return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     return dict(tensors)
-
-
-def _as_float(name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point():
-        return tensor.float()
-    if name.endswith(".num_batches_tracked") or name.startswith(_HEADS):
-        return tensor
-    raise CheckpointError(f"{name} has type {tensor.dtype}; use the checkpoint with weights in floating point")
-
-
-def _fold_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each pair of weight norm tensors by ``weight = g * v / |v|``, the norm over the axes where g has size 1.
-
-    Salimans & Kingma 2016 (arXiv 1602.07868), formula 2.
-    """
-    out = dict(tensors)
-    for name in tensors:
-        for magnitude, direction in (
-            ("weight_g", "weight_v"),
-            ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-        ):
-            stem = name.removesuffix(magnitude)
-            if stem == name or stem + direction not in tensors:
-                continue
-            if stem + "weight" in out:
-                raise CheckpointError(f"{stem}weight is there twice, plain and with weight norm; remove one of them")
-            g, v = out.pop(name), out.pop(stem + direction)
-            if g.ndim != v.ndim or any(a not in (1, b) for a, b in zip(g.shape, v.shape, strict=True)):
-                raise CheckpointError(f"{name} {tuple(g.shape)} does not fit {stem}{direction} {tuple(v.shape)}")
-            axes = [axis for axis in range(g.ndim) if g.shape[axis] == 1]
-            out[stem + "weight"] = g * (v / v.norm(dim=axes, keepdim=True))
-    return out
 
 
 def _make(encoder_class: type[Encoder], config: Any, layer: int | None) -> Encoder:
@@ -471,21 +332,16 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-
-
 def _sylber_tensors(path: Path) -> dict[str, Tensor]:
     """State dict of a single file: flat, or a Lightning checkpoint of the training code."""
-    content = _read_file(path)
+    content = read_file(path)
     if not (isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping)):
-        return _flat(content, path)
-    tensors = _flat(content["state_dict"], path)
+        return flat(content, path)
+    tensors = flat(content["state_dict"], path)
     if not any(name.startswith(_LIGHTNING) for name in tensors):
         return tensors
     # Beside the encoder there are the running statistics of the training's silence threshold.
     bare = [name for name in tensors if not name.startswith((_LIGHTNING, "net.thresholder."))]
     if bare:
-        raise CheckpointError(f"{path}: {len(bare)} unexpected beside {_LIGHTNING}*: {_some(bare)}; remove them")
+        raise CheckpointError(f"{path}: {len(bare)} unexpected beside {_LIGHTNING}*: {some(bare)}; remove them")
     return {name.removeprefix(_LIGHTNING): tensors[name] for name in tensors if name.startswith(_LIGHTNING)}

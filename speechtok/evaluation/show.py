@@ -50,6 +50,8 @@ def draw(
         units.ids[0], units.starts, units.ends, units.sample_rate, units.vocab_size, units.fingerprint
     )  # fmt: skip
     length = max(1e-9, len(wave) / tokenizer.sample_rate)
+    if tokenizer.codebooks > 1:
+        facts["codebooks"] = f"{tokenizer.codebooks}, of which the first is drawn"
     facts |= {"tokenizer": tokenizer.name, "units": len(units), "units/s": round(len(units) / length, 2)}
     if tokenizer.segmenter is None:
         spans, (_, durations) = first.deduplicated(), first.run_lengths()

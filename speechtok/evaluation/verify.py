@@ -135,17 +135,17 @@ def _windows(tokenizer: Tokenizer, waves: Sequence[Loaded]) -> list[tuple[int, W
 def in_batches(tokenizer: Tokenizer, waves: Sequence[Loaded], size: int) -> tuple[list[Units], int]:
     """Units with exactly `size` windows per batch, in input order (lengths mixed), and the number of near-ties.
 
-    Segment tokenizers take the windows of sounds that have several one by one; they are in no batch.
+    Tokenizers that go `in_order` take the windows of sounds that have several one by one; they are in no batch.
     """
     jobs = _windows(tokenizer, waves)
     parts: list[list[EncodedWindow]] = [[] for _ in waves]
-    together = [job for job in jobs if tokenizer.segmenter is None or job[1].stop is None]
+    together = [job for job in jobs if not tokenizer.in_order or job[1].stop is None]
     for begin in range(0, len(together), size):
         batch = together[begin : begin + size]
         results = tokenizer.encode_batch_of_windows([job[1:] for job in batch])
         for (index, _, _), encoded in zip(batch, results, strict=True):
             parts[index].append(encoded)
-    if tokenizer.segmenter is not None:
+    if tokenizer.in_order:
         for index, encoded in tokenizer.encode_windows((job for job in jobs if job[1].stop is not None), 60.0):
             parts[index].append(encoded)
     return [tokenizer.assemble(part) for part in parts], sum(part.ties for each in parts for part in each)

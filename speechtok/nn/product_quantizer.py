@@ -103,9 +103,7 @@ class RandomProjectionQuantizer(nn.Module):
         bound = (6.0 / (dim + code_dim)) ** 0.5
         projections = (2 * torch.rand(books, dim, code_dim, generator=generator) - 1) * bound
         self.register_buffer("projections", projections)
-        self.register_buffer(
-            "entries", F.normalize(torch.randn(books, codes, code_dim, generator=generator), dim=-1)
-        )
+        self.register_buffer("entries", F.normalize(torch.randn(books, codes, code_dim, generator=generator), dim=-1))
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

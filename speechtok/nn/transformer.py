@@ -1,11 +1,14 @@
 """Transformer encoder of the wav2vec 2.0 family: positional convolution, then post-LN or pre-LN blocks.
 
 Vaswani et al. 2017 (arXiv 1706.03762), Baevski et al. 2020 (arXiv 2006.11477), Xiong et al. 2020 for pre-LN
-(arXiv 2002.04745; "stable layer norm" in Hugging Face configurations). Inference only: dropout, LayerDrop and
-SpecAugment do not exist here. Parameter names are those of Hugging Face checkpoints.
+(arXiv 2002.04745; "stable layer norm" in Hugging Face configurations). Parameter names are those of Hugging Face
+checkpoints. What training needs besides is off unless an objective switches it on: dropout, skipped blocks and
+attention relaxation.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,7 @@ from torch.nn import functional as F
 
 from speechtok.nn.stem import ACTIVATIONS
 
-__all__ = ["Block", "FeedForward", "PositionalConv", "SelfAttention", "Transformer"]
+__all__ = ["Block", "FeedForward", "PositionalConv", "SelfAttention", "Transformer", "attention_weights"]
 
 
 class PositionalConv(nn.Module):
@@ -54,6 +57,34 @@ class PositionalConv(nn.Module):
         return self.activation(self.conv(x)[..., :frames]).transpose(1, 2)
 
 
+def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None, relaxation: float = 1.0) -> Tensor:
+    """Softmax of scaled dot products, with scores that are kept small.
+
+    Attention relaxation (WavLM, Chen et al. 2021, arXiv 2110.13900; MERT's `attention_relax`): with a constant c,
+    ``softmax(s) = softmax((s / c - max(s / c)) * c)``, an identity in real arithmetic. Dividing the *query* by c keeps
+    the product with the keys small, so that large scores do not overflow where they are formed in float16; dividing
+    finished scores, as MERT's code does, comes too late.
+
+    Parameters
+    ----------
+    query, key : float [B, H, T, D], [B, H, S, D]
+    bias : bool or float, broadcast to [B, H, T, S], or None
+        Which keys are valid, or a term to be added; every query has at least one key.
+    relaxation : float
+        c, at least 1.
+
+    Returns
+    -------
+    float32 [B, H, T, S]
+        Rows sum to 1; float64 for float64 input.
+    """
+    scores = (query * (query.shape[-1] ** -0.5 / relaxation)) @ key.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if bias is not None:
+        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias / relaxation
+    return torch.softmax((scores - scores.detach().amax(-1, keepdim=True)) * relaxation, -1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention without position term.
 
@@ -63,11 +94,23 @@ class SelfAttention(nn.Module):
         Size D of a frame.
     heads : int
         A divisor of `width`.
+
+    Attributes
+    ----------
+    relaxation : float
+        See `attention_weights`; 1: off. With it, scores are formed step by step instead of in a fused kernel, which
+        takes more time and memory. Fused kernels keep their scores in float32 and have no need of it.
+    dropout : float
+        Share of the weights that are dropped in training.
+    observer : callable or None
+        Called with the attention probabilities, float [B, H, T, T], of every forward pass: for diagnostics.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.relaxation, self.dropout = 1.0, 0.0
+        self.observer: Callable[[Tensor], None] | None = None
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -93,7 +136,14 @@ class SelfAttention(nn.Module):
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, D/H]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = F.scaled_dot_product_attention(query, key, value, self.bias(x, keys, position))
+        bias, dropout = self.bias(x, keys, position), self.dropout if self.training else 0.0
+        if self.observer is not None:
+            self.observer(attention_weights(query, key, bias, self.relaxation))
+        if self.relaxation == 1.0:
+            out = F.scaled_dot_product_attention(query, key, value, bias, dropout)
+        else:
+            weights = attention_weights(query, key, bias, self.relaxation)
+            out = F.dropout(weights, dropout, self.training).to(value.dtype) @ value
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -112,7 +162,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward part, each with a residual; layer norms after (post-LN) or before them (pre-LN)."""
+    """Attention and feed-forward part, each with a residual; layer norms after (post-LN) or before them (pre-LN).
+
+    Attributes
+    ----------
+    dropout : Dropout
+        Of what both parts add, in training.
+    """
 
     def __init__(
         self, attention: SelfAttention, width: int, inner: int, *, activation: str, eps: float, pre_norm: bool
@@ -123,14 +179,28 @@ class Block(nn.Module):
         self.layer_norm = nn.LayerNorm(width, eps=eps)
         self.feed_forward = FeedForward(width, inner, activation)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(0.0)
+
+    def set_dropout(self, p: float) -> None:
+        """Set the dropout of attention weights and of what both parts add."""
+        self.dropout.p = self.attention.dropout = p
+
+    def begin_as_identity(self) -> None:
+        """Set the last maps of both parts to zero: a pre-LN block begins as the identity, a post-LN one as its norms.
+
+        The maps learn from the first step on, since their inputs are not zero.
+        """
+        for last in (self.attention.out_proj, self.feed_forward.output_dense):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, keys: Tensor | None, position: Tensor | None) -> Tensor:
         """Map x [B, T, D] to the same shape; `keys` and `position` as in `SelfAttention.bias`."""
         if self.pre_norm:
-            x = x + self.attention(self.layer_norm(x), keys, position)
-            return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.layer_norm(x + self.attention(x, keys, position))
-        return self.final_layer_norm(x + self.feed_forward(x))
+            x = x + self.dropout(self.attention(self.layer_norm(x), keys, position))
+            return x + self.dropout(self.feed_forward(self.final_layer_norm(x)))
+        x = self.layer_norm(x + self.dropout(self.attention(x, keys, position)))
+        return self.final_layer_norm(x + self.dropout(self.feed_forward(x)))
 
 
 class Transformer(nn.Module):
@@ -155,6 +225,11 @@ class Transformer(nn.Module):
         Of the layer norms.
     pre_norm : bool
         Pre-LN instead of post-LN.
+
+    Attributes
+    ----------
+    dropout : Dropout
+        Of the input of the first block, in training.
     """
 
     def __init__(
@@ -178,12 +253,18 @@ class Transformer(nn.Module):
             Block(attention(i), width, inner, activation=activation, eps=eps, pre_norm=pre_norm)
             for i in range(num_blocks)
         )
+        self.dropout = nn.Dropout(0.0)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, the lowest first."""
+        return cast(list[Block], list(self.layers))
 
     def position(self, frames: int) -> Tensor | None:
         """Term [H, T, T] that all blocks share, for T frames; None where the attention has none."""
         return None
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> Iterator[Tensor]:
+    def forward(self, x: Tensor, lengths: Tensor | None, skip: Tensor | None = None) -> Iterator[Tensor]:
         """Give the hidden states one after another.
 
         Parameters
@@ -192,6 +273,9 @@ class Transformer(nn.Module):
             Projected frames of the stem.
         lengths : int64 [B] or None
             Valid frames of each row; None where all are.
+        skip : bool [B, L], optional
+            Blocks that are passed over, for each row (LayerDrop, Fan et al. 2019, arXiv 1909.11556, drawn by row: all
+            weights get a gradient in every step, as training in several processes needs it).
 
         Yields
         ------
@@ -208,10 +292,12 @@ class Transformer(nn.Module):
         x = x + self.pos_conv_embed(x, valid)
         if self.layer_norm is not None and not self.pre_norm:
             x = self.layer_norm(x)
+        x = self.dropout(x)
         yield x
         position = self.position(x.shape[1]) if len(self.layers) else None
         for i, block in enumerate(self.layers):
-            x = block(x, keys, position)
+            out = block(x, keys, position)
+            x = out if skip is None else torch.where(skip[:, i, None, None], x.to(out.dtype), out)
             if self.pre_norm and self.layer_norm is not None and i == len(self.layers) - 1:
                 x = self.layer_norm(x)
             yield x

@@ -1,7 +1,7 @@
 """Cards of shipped tokenizers: what they were made of, what was measured, where they end."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,19 +11,25 @@ from speechtok.tokenizer import Tokenizer
 from speechtok.training.layers import pooled
 
 __all__ = [
+    "CREDITS",
     "GROUPS",
     "Corpus",
     "Figures",
     "Origin",
     "corpora",
+    "data_table",
     "describe_data",
     "describe_encoder",
+    "describe_run",
     "frame_delay",
     "markdown_table",
+    "metadata",
     "number",
+    "share_alike",
     "weights_size",
     "write_card",
     "write_credits",
+    "write_makers",
 ]
 
 # Credit of each corpus, by the first folder of its paths.
@@ -113,7 +119,7 @@ class Origin:
     curves: str = ""
 
 
-def corpora(folder: Path, split: str | None = None) -> list[Corpus]:
+def corpora(folder: Path, split: str | None = None, name: str = "") -> list[Corpus]:
     """Sum up the ``metadata.jsonl`` of a data folder by corpus; InputError if it is missing or malformed.
 
     Parameters
@@ -121,12 +127,14 @@ def corpora(folder: Path, split: str | None = None) -> list[Corpus]:
     folder : Path
     split : str, optional
         Count lines with this value of ``split`` only.
+    name : str
+        Of the whole folder, as one corpus; empty: the first folders of its paths are the corpora.
     """
     path = folder / "metadata.jsonl"
     groups: dict[str, list[dict[str, Any]]] = {}
-    for line in _metadata(path):
+    for line in metadata(path):
         if split is None or line.get("split") == split:
-            groups.setdefault(PurePosixPath(line["path"]).parts[0], []).append(line)
+            groups.setdefault(name or PurePosixPath(line["path"]).parts[0], []).append(line)
     try:
         return [
             Corpus(
@@ -142,15 +150,49 @@ def corpora(folder: Path, split: str | None = None) -> list[Corpus]:
 
 def write_credits(folder: Path, noise: Path) -> Path:
     """Write ``CREDITS.md``: who made the noises of the train split of `noise`, by licence and source."""
-    makers: dict[tuple[str, str], set[str]] = {}
-    for line in _metadata(noise / "metadata.jsonl"):
+    return write_makers(folder, "Noises that were mixed into training sound", {"": noise})
+
+
+def write_makers(folder: Path, title: str, sounds: Mapping[str, Path]) -> Path:
+    """Write ``CREDITS.md``: who made the train split of data folders, by heading, licence and source.
+
+    Parameters
+    ----------
+    folder : Path
+        A bundle.
+    title : str
+    sounds : mapping of str to Path
+        Data folders by heading.
+    """
+    sections = [f"# {title}"]
+    for heading, place in sounds.items():
+        sections += [f"## {heading}"] if heading else []
+        sections.append(_makers(place))
+    path = folder / "CREDITS.md"
+    path.write_text("\n\n".join(sections) + "\n")
+    return path
+
+
+def _makers(folder: Path) -> str:
+    """Authors or artists of the train split of a data folder, with titles where there are any."""
+    makers: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for line in metadata(folder / "metadata.jsonl"):
         if line.get("split") == "train":
             key = (str(line.get("licence", "unknown licence")), str(line.get("source_repo", "unknown source")))
-            makers.setdefault(key, set()).add(str(line.get("author") or "unnamed author"))
-    path = folder / "CREDITS.md"
-    lines = [f"- {licence}, by way of {source}: {', '.join(sorted(who))}" for (licence, source), who in makers.items()]
-    path.write_text("# Noises that were mixed into training sound\n\n" + "\n".join(sorted(lines)) + "\n")
-    return path
+            who = str(line.get("author") or line.get("artist") or "unnamed author")
+            titles = makers.setdefault(key, {}).setdefault(who, set())
+            titles |= {str(line["title"])} if line.get("title") else set()
+    lines = []
+    for (licence, source), found in makers.items():
+        named = [f"{name} ({'; '.join(sorted(found[name]))})" if found[name] else name for name in sorted(found)]
+        lines.append(f"- {licence}, by way of {source}: {', '.join(named)}")
+    return "\n".join(sorted(lines))
+
+
+def share_alike(folder: Path) -> float:
+    """Hours of the train split of a data folder whose licence is CC BY-SA."""
+    lines = [line for line in metadata(folder / "metadata.jsonl") if line.get("split") == "train"]
+    return sum(line["duration_s"] for line in lines if str(line.get("licence")).startswith("CC BY-SA")) / 3600
 
 
 def write_card(
@@ -198,7 +240,8 @@ def write_card(
     return path
 
 
-def _metadata(path: Path) -> list[dict[str, Any]]:
+def metadata(path: Path) -> list[dict[str, Any]]:
+    """Lines of a ``metadata.jsonl``; InputError if it is missing or malformed."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -265,17 +308,21 @@ def weights_size(folder: Path) -> str:
 
 def describe_data(data: Sequence[Corpus], noises: bool) -> str:
     """The section on training sound; `noises`: whether there is a ``CREDITS.md``."""
+    text = f"{data_table(data)}\n\nCredits: {'; '.join(CREDITS.get(corpus.name, corpus.name) for corpus in data)}."
+    if noises:
+        text += " Noises were mixed in; who made them stands in [CREDITS.md](CREDITS.md)."
+    return text + " The sound itself is not part of this folder."
+
+
+def data_table(data: Sequence[Corpus]) -> str:
+    """Hours and a table of training sound."""
     rows = [
         (c.name, f"{c.files:,}", f"{c.hours:.2f}", c.speakers or "", ", ".join(c.licences), ", ".join(c.sources))
         for c in data
     ]
     hours = sum(corpus.hours for corpus in data)
     text = f"{hours:.1f} h of training sound:\n\n"
-    text += markdown_table(["corpus", "files", "hours", "speakers", "licence", "by way of"], rows)
-    text += "\n\nCredits: " + "; ".join(CREDITS.get(corpus.name, corpus.name) for corpus in data) + "."
-    if noises:
-        text += " Noises were mixed in; who made them stands in [CREDITS.md](CREDITS.md)."
-    return text + " The sound itself is not part of this folder."
+    return text + markdown_table(["corpus", "files", "hours", "speakers", "licence", "by way of"], rows)
 
 
 def _recipe(tokenizer: Tokenizer, origin: Origin | None, command: str) -> str:
@@ -307,6 +354,11 @@ def _recipe(tokenizer: Tokenizer, origin: Origin | None, command: str) -> str:
 
 def describe_encoder(origin: Origin) -> str:
     """A line on the training of an encoder."""
+    return f"Encoder: {describe_run(origin)}. Weights are rounded to bfloat16."
+
+
+def describe_run(origin: Origin, where: str = "all blocks") -> str:
+    """Recipe, seed, length and model of a training, as far as they are known; `where` all parameters are."""
     facts = origin.facts
     known = [f"recipe `{origin.recipe}`"]
     if "run" in origin.config:
@@ -314,11 +366,11 @@ def describe_encoder(origin: Origin) -> str:
     if "steps" in facts:
         known += [f"{facts['steps']:,} steps", f"{facts['hours']:,.1f} h of sound heard, repeats included"]
     if "parameters" in facts:
-        known.append(f"{facts['parameters'] / 1e6:.2f} M parameters in all blocks")
+        known.append(f"{facts['parameters'] / 1e6:.2f} M parameters in {where}")
     if "model" in origin.config:
         model = origin.config["model"]
         known.append(", ".join(f"{name} {value}" for name, value in model.items()))
-    return f"Encoder: {'; '.join(known)}. Weights are rounded to bfloat16."
+    return "; ".join(known)
 
 
 def _measured(own: Figures, others: Sequence[Figures]) -> str:

@@ -21,7 +21,7 @@ from still later sound, the student can only expect: more look-ahead raises the 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,6 +146,10 @@ class DistillObjective(nn.Module):
             self.decoder = HiddenFrameDecoder(
                 model.hidden_size, config.decoder_dim, config.decoder_heads, config.decoder_blocks, config.clusters
             )
+
+    def compiled(self) -> Iterable[nn.Module]:
+        """The encoder's blocks."""
+        return self.encoder.blocks
 
     # -- data -----------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""Steps that train an encoder by a recipe, or take one that was trained elsewhere."""
+"""Steps that train something by a recipe, or take what was trained elsewhere: an encoder, a codec."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,43 @@ from speechtok.training.jobs import CURVES, Job, copy
 from speechtok.training.loop import CONFIG, METRICS
 from speechtok.training.recipe import Recipe
 
-__all__ = ["Training", "curves_of", "encoder_step", "mixes_noise", "training_noise"]
+__all__ = [
+    "Beginning", "Training", "beginning_with", "curves_of", "encoder_step", "mixes_noise", "share_mels", "speech_data",
+    "training_noise",
+]  # fmt: skip
 
 _BEGINNING = "beginning.json"  # see `speechtok.training.pretrain.same_beginning`
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """What another step made and a training begins with.
+
+    Parameters
+    ----------
+    step : str
+    entry : str
+        Of the run's ``beginning.json``, that says with what it began.
+    what : str
+        It in a word.
+    identity : callable
+        From the step's product to what the entry must say.
+    """
+
+    step: str
+    entry: str
+    what: str
+    identity: Callable[[Product], str]
+
+
+def beginning_with(encoder: str) -> Beginning:
+    """First weights from the encoder of a step."""
+    return Beginning(encoder, "init", "encoder", lambda product: file_hash(product.file(WEIGHTS))[:16])
+
+
+@dataclass(frozen=True)
 class Training:
-    """How an encoder comes about.
+    """How an encoder, or a codec, comes about.
 
     Parameters
     ----------
@@ -36,81 +65,99 @@ class Training:
         Of the recipe.
     recipe : Recipe
     train : callable
-        Trains in the folder of a run, or goes on there, and writes its folder ``encoder``. Told that folder and the
-        folder of the encoder to begin with, None without `init`.
-    init : str, optional
-        Step of the encoder to begin with.
+        Trains in the folder of a run, or goes on there, and writes its folder `folder`. Told that folder and what the
+        step of `beginning` made, None without.
+    data : mapping of str to str
+        Fingerprints of the training sound.
+    beginning : Beginning, optional
     constants : dict
         What decides the training besides the recipe, as plain values.
+    folder, description : str
+        What a run ends with, and which file of it says what it is.
+    weights : tuple of str
+        The other files of it.
+    ship : callable, optional
+        Puts the product of the run in its place in the checkout, given its facts; None: it stays with the run. Files
+        of weights keep their names and content.
     """
 
     name: str
     source: str | Path
     recipe: Recipe
-    train: Callable[[Path, Path | None], object]
-    init: str | None = None
+    train: Callable[[Path, Product | None], object]
+    data: Mapping[str, str]
+    beginning: Beginning | None = None
     constants: dict[str, Any] = field(default_factory=dict)
+    folder: str = "encoder"
+    description: str = DESCRIPTION
+    weights: tuple[str, ...] = (WEIGHTS,)
+    ship: Callable[[Product], Product] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The recipe as plain values."""
+        config: dict[str, Any] = json.loads(json.dumps(self.recipe.as_dict()))
+        return config
 
 
 def encoder_step(job: Job, training: Training, given: Path | None) -> Step:
-    """The step of an encoder.
+    """The step of an encoder, or of a codec.
 
     Parameters
     ----------
     job : Job
     training : Training
     given : Path, optional
-        Take this trained encoder, see `speechtok.training.models.steps`.
+        Take this trained one, see `speechtok.training.models.steps`.
 
     Raises
     ------
     InputError
-        If data are missing, or `given` holds no encoder or damaged files.
+        If data are missing, or `given` holds nothing of the kind or damaged files.
     """
-    if given is not None and not (given / DESCRIPTION).is_file():
-        raise InputError(f"{given} holds no {DESCRIPTION}; give the folder 'encoder' of a finished run")
-    config = json.loads(json.dumps(training.recipe.as_dict()))
-    settings: dict[str, Any] = {"recipe": config, **training.constants}
-    data = {"train": sounds(job.speech("train"))}
-    if training.recipe.noisy:
-        data["noise"] = changes(job.places.data)["noise"]
+    settings: dict[str, Any] = {"recipe": training.config, **training.constants}
+    data: Mapping[str, str] = training.data
     expects = {}
     if given is not None:
-        expects = {WEIGHTS: file_hash(given / WEIGHTS)}
-        if _run_facts(given)["config"] != config:
-            settings, data = {"given": expects[WEIGHTS]}, {}
-    needs = () if training.init is None else (training.init,)
+        for file in (training.description, *training.weights):
+            if not (given / file).is_file():
+                raise InputError(f"{given} holds no {file}; give the folder '{training.folder}' of a finished run")
+        expects = {file: file_hash(given / file) for file in training.weights}
+        if _run_facts(given)["config"] != training.config:
+            settings, data = {"given": ", ".join(expects.values())}, {}
+    needs = () if training.beginning is None else (training.beginning.step,)
     build = partial(_encoder, job, training, given)
-    return Step(training.name, "encoder", build, needs, settings, data, kept=False, expects=expects)
+    kept = training.ship is not None
+    return Step(training.name, training.folder, build, needs, settings, data, kept=kept, expects=expects)
 
 
 def _encoder(job: Job, training: Training, given: Path | None, task: Task) -> Product:
     name = Path(training.source).stem
     # Named by all that decides the weights: an interrupted run is found again, and another one is never continued.
     run = job.places.runs / f"{name}-{task.fingerprint[:8]}"
-    folder = run / "encoder"
-    first = None if training.init is None else task.needs[training.init].file(DESCRIPTION).parent
+    folder = run / training.folder
+    first = None if training.beginning is None else task.needs[training.beginning.step]
     if given is not None:
-        if first is not None:
-            _check_beginning(training, given, first)
+        if training.beginning is not None:
+            _check_beginning(training, given, training.beginning, task.needs[training.beginning.step])
         folder.mkdir(parents=True, exist_ok=True)
-        for file in (DESCRIPTION, WEIGHTS):
+        for file in (training.description, *training.weights):
             copy(given / file, folder / file)
         for file in (CONFIG, METRICS, CURVES):
             if (source := _beside(given, file)) is not None:
                 copy(source, run / file)
     else:
-        if first is not None:
-            _share_mels(first.parent, run)
         training.train(run, first)
     curves = [path for path in (run / CURVES,) if path.is_file()]
-    parameters = sum(tensor.numel() for tensor in read_tensors(folder / WEIGHTS).values())
+    weights = [folder / file for file in training.weights]
+    parameters = sum(tensor.numel() for file in weights for tensor in read_tensors(file).values())
     facts = _run_facts(folder) | {"recipe": name, "parameters": parameters}
-    return Product((folder / DESCRIPTION, folder / WEIGHTS, *curves), facts)
+    product = Product((folder / training.description, *weights, *curves), facts)
+    return product if training.ship is None else training.ship(product)
 
 
 def _beside(folder: Path, name: str) -> Path | None:
-    """A file of the run that an encoder folder belongs to."""
+    """A file of the run that a trained folder belongs to."""
     return next((path for path in (folder.parent / name, folder / name) if path.is_file()), None)
 
 
@@ -128,26 +175,26 @@ def _run_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _check_beginning(training: Training, given: Path, first: Path) -> None:
-    """Refuse a run by the recipe that began with another encoder than that of the step `init`.
+def _check_beginning(training: Training, given: Path, beginning: Beginning, first: Product) -> None:
+    """Refuse a run by the recipe that began with something else than what the step made.
 
     A run without a recipe may have begun with anything: nothing is claimed of it.
     """
     path = _beside(given, _BEGINNING)
-    if path is None or _run_facts(given)["config"] != json.loads(json.dumps(training.recipe.as_dict())):
+    if path is None or _run_facts(given)["config"] != training.config:
         return
     try:
-        begun = json.loads(path.read_text())["init"]
+        begun = json.loads(path.read_text())[beginning.entry]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}); take the run's files anew") from error
-    if begun is None or not file_hash(first / WEIGHTS).startswith(begun):
+    if begun != beginning.identity(first):
         raise InputError(
-            f"{given} was trained from another encoder than that of step {training.init}; train it anew from "
-            f"{first}, or do not give it and have it trained here"
+            f"{given} was trained from another {beginning.what} than that of step {beginning.step}; train it anew from "
+            f"{first.files[0].parent}, or do not give it and have it trained here"
         )
 
 
-def _share_mels(before: Path, run: Path) -> None:
+def share_mels(before: Path, run: Path) -> None:
     """Let a run hear what an earlier run has decoded, by links; training decodes what is missing or other sound."""
     known, cache, partial_copy = before / "mels", run / "mels", run / ".mels"
     if not known.is_dir() or cache.exists():
@@ -158,7 +205,7 @@ def _share_mels(before: Path, run: Path) -> None:
 
 
 def curves_of(trained: Product) -> Path | None:
-    """Picture of the curves of an encoder's run, if there is one."""
+    """Picture of the curves of a run, if there is one."""
     return next((path for path in trained.files if path.name == CURVES), None)
 
 
@@ -166,6 +213,12 @@ def mixes_noise(config: dict[str, Any]) -> bool:
     """Whether noises were mixed in by this recipe (`Recipe.as_dict`), as far as one is known."""
     parts = (config.get(name) or {} for name in ("perturb", "restart_perturb"))
     return any(part.get("noise_probability", 0) > 0 for part in parts)
+
+
+def speech_data(job: Job, recipe: Recipe) -> dict[str, str]:
+    """Fingerprints of the training speech, and of noises where the recipe mixes them in."""
+    noise = {"noise": changes(job.places.data)["noise"]} if recipe.noisy else {}
+    return {"train": sounds(job.speech("train"))} | noise
 
 
 def training_noise(job: Job) -> Path:

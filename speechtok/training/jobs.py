@@ -12,10 +12,11 @@ from speechtok.tokenizer import Tokenizer
 from speechtok.training.graph import Product
 from speechtok.training.recipe import Recipe
 
-__all__ = ["CURVES", "LICENCE", "Choices", "Job", "Places", "copy", "save_bundle", "write_table"]
+__all__ = ["BUNDLE", "CURVES", "LICENCE", "Choices", "Job", "Places", "copy", "save_bundle", "write_table"]
 
 LICENCE = "Apache-2.0"
 CURVES = "curves.png"
+BUNDLE = ("tokenizer.json", "encoder.safetensors", "quantizer.safetensors", "decoder.safetensors")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Places:
     Parameters
     ----------
     data : Path
-        Holds ``speech/train``, ``speech/dev``, ``speech/eval``, ``noise`` and ``rir``.
+        Holds ``speech/train``, ``speech/dev``, ``speech/eval``, ``music/tracks``, ``music/notes``, ``noise``, ``rir``.
     root : Path
         Checkout whose ``assets`` and ``benchmarks/results`` are refreshed.
     runs : Path
@@ -45,8 +46,10 @@ class Choices:
     ----------
     recipe, syllable_recipe : str or Path
         Of the encoder, and of the one of syllables that begins with it.
+    codec_recipe, mert_recipe : str or Path
+        Of the codec, and of the encoder of music that it teaches.
     few, many : int
-        Vocabularies; the tokenizer that is called like the encoder has `many`.
+        Vocabularies; the tokenizer that is called like the encoder has `many`, and so has that of music.
     syllables : int
         Vocabulary of the tokenizer of syllables, without its silence unit.
     standardize : bool
@@ -59,10 +62,14 @@ class Choices:
         See `speechtok.training.layers.sweep`.
     continua : int, optional
         At most so many continua of a kind are measured; default all.
+    codec_every : int
+        Every n-th file of the evaluation speech is sent through the codec.
     """
 
     recipe: str | Path
     syllable_recipe: str | Path
+    codec_recipe: str | Path
+    mert_recipe: str | Path
     few: int = 100
     many: int = 500
     syllables: int = 2000
@@ -74,6 +81,7 @@ class Choices:
     seed: int = 0
     sweep_every: int = 10
     continua: int | None = None
+    codec_every: int = 3
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Job:
     ----------
     places : Places
     choices : Choices
-    recipe, syllable_recipe : Recipe
+    recipe, syllable_recipe, codec_recipe, mert_recipe : Recipe
         Those of the choices.
     device : str
     command : str
@@ -97,6 +105,8 @@ class Job:
     choices: Choices
     recipe: Recipe
     syllable_recipe: Recipe
+    codec_recipe: Recipe
+    mert_recipe: Recipe
     device: str
     command: str
     on_event: Callable[[Event], None]
@@ -123,7 +133,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def save_bundle(tokenizer: Tokenizer, folder: Path, curves: Path | None, report: dict[str, Any]) -> Product:
-    """Put a tokenizer, and the curves of its encoder, in the place of what an earlier run left.
+    """Put a tokenizer, and the curves of its training, in the place of what an earlier run left.
 
     Parameters
     ----------
@@ -135,14 +145,12 @@ def save_bundle(tokenizer: Tokenizer, folder: Path, curves: Path | None, report:
         Facts of the product.
     """
     # A bundle never overwrites another one; the old one goes only now that the new one is there.
-    for old in ("tokenizer.json", "encoder.safetensors", "quantizer.safetensors", CURVES):
+    for old in (*BUNDLE, CURVES):
         (folder / old).unlink(missing_ok=True)
     tokenizer.to("cpu").save(folder)
-    names = ["tokenizer.json", "encoder.safetensors", "quantizer.safetensors"]
     if curves is not None:
         copy(curves, folder / CURVES)
-        names.append(CURVES)
-    return Product(tuple(folder / file for file in names if (folder / file).exists()), report)
+    return Product(tuple(folder / file for file in (*BUNDLE, CURVES) if (folder / file).exists()), report)
 
 
 def write_table(path: Path, tables: list[dict[str, Any]]) -> Path:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from speechtok.audio.perturb import PerturbConfig
@@ -25,11 +26,10 @@ from speechtok.errors import InputError, OutputError
 from speechtok.tokenizer import usable_device
 from speechtok.training.curves import draw_curves
 from speechtok.training.distributed import sum_over_processes
-from speechtok.training.mels import RATE, Mels
 from speechtok.training.recipe import Recipe
 from speechtok.training.sampler import Crop, Sampler
 
-__all__ = ["Objective", "Run", "train"]
+__all__ = ["Objective", "Run", "Sound", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,26 @@ _PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 _HELD_OUT_BATCHES = 8
 
 
+class Sound(Protocol):
+    """What the loop needs of a data set: items that crops can be drawn from (`Mels`, `Waves`)."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Frames of each item: [items]."""
+
+    @property
+    def rate(self) -> float:
+        """Frames per second."""
+
+
 class Objective(Protocol):
     """What the loop needs of an objective, besides being an `nn.Module`."""
 
     perturb_config: PerturbConfig | None  # the loop sets it before each step
+    # An objective may also say ``partial = True``: not every parameter takes part in every step.
 
-    def collate(self, crops: list[Crop], mels: Mels, noises: Mels | None, *, training: bool) -> dict[str, Tensor]:
-        """Read and draw everything for a batch."""
+    def collate(self, crops: list[Crop], sound: Any, noises: Any, *, training: bool) -> dict[str, Tensor]:
+        """Read and draw everything for a batch; `sound` and `noises` are the data sets that `train` was given."""
 
     def weight_of(self, batch: dict[str, Tensor]) -> int:
         """What sums over this batch are divided by."""
@@ -54,6 +67,9 @@ class Objective(Protocol):
 
     def alarms(self, summary: dict[str, float]) -> list[str]:
         """What is wrong with held-out figures, in words; empty if nothing is."""
+
+    def compiled(self) -> Iterable[nn.Module]:
+        """Parts that are worth compiling, if the recipe asks for it."""
 
 
 @dataclass
@@ -78,11 +94,11 @@ class Run:
 def train(
     objective: nn.Module,
     recipe: Recipe,
-    mels: Mels,
+    sound: Sound,
     folder: Path,
     *,
-    noises: Mels | None = None,
-    held_out: Mels | None = None,
+    noises: Sound | None = None,
+    held_out: Sound | None = None,
     probe: Callable[[nn.Module], dict[str, float]] | None = None,
     device: str = "cpu",
     on_event: Callable[[Event], None] = lambda event: None,
@@ -94,13 +110,13 @@ def train(
     objective : nn.Module
         An `Objective`.
     recipe : Recipe
-    mels : Mels
-        Training sound.
+    sound : Sound
+        What is trained on, as the objective reads it.
     folder : Path
         Gets ``config.json``, ``metrics.jsonl``, ``curves.png`` and ``checkpoint.pt``.
-    noises : Mels, optional
+    noises : Sound, optional
         For perturbations.
-    held_out : Mels, optional
+    held_out : Sound, optional
         Sound on which the loss is computed every `evaluate_every` steps, without perturbation and sampling.
     probe : callable, optional
         Further held-out figures of the objective.
@@ -121,10 +137,10 @@ def train(
         If the folder holds another run.
     """
     usable_device(device)
-    accelerator = _accelerator(recipe.run.precision, device)
+    accelerator = _accelerator(recipe.run.precision, device, getattr(objective, "partial", False))
     world, rank = accelerator.num_processes, accelerator.process_index
     config, parts = recipe.run, recipe.run.accumulate
-    sampler = _sampler(recipe, mels, world * parts)
+    sampler = _sampler(recipe, sound, world * parts)
     run = _open(folder, recipe) if accelerator.is_main_process else Run(folder, 0, [])
     accelerator.wait_for_everyone()
     optimizer = torch.optim.AdamW(
@@ -143,8 +159,8 @@ def train(
         run.step, seen = state["step"], state["seconds"]
     run.history = [line for line in run.history if line["step"] <= run.step]
     if config.compile:
-        for block in bare.encoder.blocks:
-            block.compile(dynamic=False)
+        for part in bare.compiled():
+            part.compile(dynamic=False)
     trained, first = 0.0, run.step
     sums: dict[str, Tensor] = {}
     for step in range(run.step, config.steps):
@@ -153,10 +169,8 @@ def train(
         bare.perturb_config = recipe.perturb_at(step)
         drawn = sampler(step)
         crops = drawn[rank::world]
-        batches = [
-            {k: v.to(accelerator.device) for k, v in bare.collate(crops[i::parts], mels, noises, training=True).items()}
-            for i in range(parts)
-        ]
+        read = [bare.collate(crops[i::parts], sound, noises, training=True) for i in range(parts)]
+        batches = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in read]
         total = torch.tensor(float(sum(bare.weight_of(batch) for batch in batches)), device=accelerator.device)
         weight = float(sum_over_processes(total))
         for group in optimizer.param_groups:
@@ -178,7 +192,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         run.step, trained = step + 1, trained + time.perf_counter() - begin
-        seen += sum(min(crop.length, int(mels.lengths[crop.item])) for crop in drawn) / RATE
+        seen += sum(min(crop.length, int(sound.lengths[crop.item])) for crop in drawn) / sound.rate
         if run.step % config.log_every == 0 or run.step == config.steps:
             means = bare.summary({name: sum_over_processes(value.float()) for name, value in sums.items()})
             sums = {}
@@ -211,21 +225,23 @@ def train(
     return run
 
 
-def _accelerator(precision: str, device: str) -> Any:
+def _accelerator(precision: str, device: str, partial: bool) -> Any:
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise InputError("training needs accelerate; install speechtok[train]") from error
     if device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         torch.cuda.set_device(device)  # accelerate takes the current one
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    return Accelerator(mixed_precision=_PRECISION[precision], cpu=device == "cpu")
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=partial)
+    return Accelerator(mixed_precision=_PRECISION[precision], cpu=device == "cpu", kwargs_handlers=[parallel])
 
 
-def _sampler(recipe: Recipe, mels: Mels, multiple: int, *, seed: int = 0) -> Sampler:
-    crops = tuple(round(seconds * RATE) for seconds in recipe.data.crop_seconds)
-    return Sampler(mels.lengths, crops, round(recipe.data.batch_seconds * RATE), recipe.run.seed + seed, least=multiple)
+def _sampler(recipe: Recipe, sound: Sound, multiple: int, *, seed: int = 0) -> Sampler:
+    crops = tuple(round(seconds * sound.rate) for seconds in recipe.data.crop_seconds)
+    batch = round(recipe.data.batch_seconds * sound.rate)
+    return Sampler(sound.lengths, crops, batch, recipe.run.seed + seed, least=multiple)
 
 
 def _groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -238,13 +254,13 @@ def _groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _held_out(objective: Any, mels: Mels, recipe: Recipe, accelerator: Any) -> dict[str, float]:
+def _held_out(objective: Any, sound: Sound, recipe: Recipe, accelerator: Any) -> dict[str, float]:
     """Means over fixed batches of held-out sound, the same in every evaluation and every process."""
-    sampler = _sampler(recipe, mels, 1, seed=1)
+    sampler = _sampler(recipe, sound, 1, seed=1)
     objective.eval()
     sums: dict[str, Tensor] = {}
     for step in range(_HELD_OUT_BATCHES):
-        batch = objective.collate(sampler(step), mels, None, training=False)
+        batch = objective.collate(sampler(step), sound, None, training=False)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         weight = objective.weight_of(batch)
         with accelerator.autocast():

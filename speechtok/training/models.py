@@ -1,7 +1,7 @@
 """All shipped tokenizers as a graph of steps: encoder, layer, quantizers, tables, cards.
 
-Steps of later models are added to `steps` (those of syllables are `speechtok.training.syllable_models`); what they need
-of others they name, and follow when it changes.
+Steps of later models are added to `steps` (`speechtok.training.syllable_models`, `codec_models`, `music_models`); what
+they need of others they name, and follow when it changes.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,16 @@ from speechtok.errors import InputError
 from speechtok.evaluation import abx, units
 from speechtok.evaluation.log_mel import LogMelEncoder
 from speechtok.tokenizer import Tokenizer
-from speechtok.training import syllable_models
+from speechtok.training import codec_models, music_models, syllable_models
 from speechtok.training.cards import Figures, Origin, corpora, write_card, write_credits
-from speechtok.training.encoder_steps import Training, curves_of, encoder_step, mixes_noise, training_noise
+from speechtok.training.compression import KIND as CODEC_KIND
+from speechtok.training.encoder_steps import Training, curves_of, encoder_step, mixes_noise, speech_data, training_noise
 from speechtok.training.fingerprints import aligned, changes, sounds, text
 from speechtok.training.graph import Product, Record, Step, Task
 from speechtok.training.jobs import CURVES, LICENCE, Choices, Job, Places, save_bundle, write_table
 from speechtok.training.kmeans import fit
 from speechtok.training.layers import best, sweep
+from speechtok.training.music import KIND as MERT_KIND
 from speechtok.training.pretrain import KIND, pretrain
 from speechtok.training.recipe import Recipe
 from speechtok.training.syllables import KIND as SYLLABLE_KIND
@@ -48,6 +50,8 @@ def steps(
     *,
     encoder: Path | None = None,
     syllable_encoder: Path | None = None,
+    codec: Path | None = None,
+    mert_encoder: Path | None = None,
     device: str = "cpu",
     command: str = "make models",
     on_event: Callable[[Event], None] = lambda event: None,
@@ -58,10 +62,10 @@ def steps(
     ----------
     places : Places
     choices : Choices
-    encoder, syllable_encoder : Path, optional
-        Take this trained encoder (the folder ``encoder`` of a run) instead of training one. If the run's
-        ``config.json`` is beside it and says what the recipe says, it counts as trained by the recipe: later calls
-        leave it. Any other encoder has to be given each time, or the recipe replaces it.
+    encoder, syllable_encoder, codec, mert_encoder : Path, optional
+        Take this trained encoder (the folder ``encoder`` of a run; of a codec, ``codec``) instead of training one. If
+        the run's ``config.json`` is beside it and says what the recipe says, it counts as trained by the recipe: later
+        calls leave it. Any other has to be given each time, or the recipe replaces it.
     device : str
     command : str
         What cards name as the way to make the models again.
@@ -73,10 +77,14 @@ def steps(
     InputError
         If data, recipe or encoder are missing or unusable.
     """
-    recipe, syllable_recipe = (
-        Recipe.read(path, kind) for path, kind in ((choices.recipe, KIND), (choices.syllable_recipe, SYLLABLE_KIND))
-    )
-    job = Job(places, choices, recipe, syllable_recipe, device, command, on_event)
+    recipe, syllable_recipe, codec_recipe, mert_recipe = (
+        Recipe.read(path, kind)
+        for path, kind in (
+            (choices.recipe, KIND), (choices.syllable_recipe, SYLLABLE_KIND), (choices.codec_recipe, CODEC_KIND),
+            (choices.mert_recipe, MERT_KIND),
+        )
+    )  # fmt: skip
+    job = Job(places, choices, recipe, syllable_recipe, codec_recipe, mert_recipe, device, command, on_event)
     sounds.cache_clear()  # files may have changed since the last call
     few, many = choices.few, choices.many
     baselines = {f"mfcc-k{count}": count for count in (few, many)}
@@ -87,7 +95,9 @@ def steps(
     result += [encoder_step(job, _pretraining(job), encoder), _layer_step(job)]
     result += [_fit_step(job, name, count, on_encoder=True) for name, count in learned.items()]
     result += _measured(job, learned)
-    return result + syllable_models.steps(job, syllable_encoder, base=MODEL, base_encoder=ENCODER)
+    result += syllable_models.steps(job, syllable_encoder, base=MODEL, base_encoder=ENCODER)
+    result += codec_models.steps(job, codec)
+    return result + music_models.steps(job, mert_encoder, teacher=codec_models.MODEL, base=MODEL)
 
 
 def _measured(job: Job, names: dict[str, int]) -> list[Step]:
@@ -104,14 +114,13 @@ def _learned(few: int, many: int) -> dict[str, int]:
 
 
 def _pretraining(job: Job) -> Training:
-    def train(run: Path, first: Path | None) -> None:
+    def train(run: Path, first: Product | None) -> None:
         pretrain(
             job.choices.recipe, job.speech("train"), run, held_out=job.speech("dev"), aligned=job.speech("dev"),
-            noise=training_noise(job) if job.recipe.noisy else None, init=first, device=job.device,
-            on_event=job.on_event,
+            noise=training_noise(job) if job.recipe.noisy else None, device=job.device, on_event=job.on_event,
         )  # fmt: skip
 
-    return Training(ENCODER, job.choices.recipe, job.recipe, train)
+    return Training(ENCODER, job.choices.recipe, job.recipe, train, speech_data(job, job.recipe))
 
 
 def _layer_step(job: Job) -> Step:

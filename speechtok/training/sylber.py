@@ -23,7 +23,7 @@ first (`SylberConfig.anchored`). Between replacements no teacher moves (Sylber's
 best: a student that sees the same seeds for long learns their errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -182,6 +182,10 @@ class SylberObjective(nn.Module):
         size = self.transform.shape[1]
         scales = (variances / variances.mean()) ** (-self.config.whitening / 2)
         self.transform.copy_((axes * scales)[:, :size])
+
+    def compiled(self) -> Iterable[nn.Module]:
+        """The encoder's blocks."""
+        return self.encoder.blocks
 
     # -- data -----------------------------------------------------------------------------------------------------
 

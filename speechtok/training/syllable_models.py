@@ -10,7 +10,16 @@ from speechtok.evaluation import boundaries, categorical, cutters
 from speechtok.segmenters.energy import EnergySeeds
 from speechtok.segmenters.greedy import Greedy
 from speechtok.training.cards import corpora, write_credits
-from speechtok.training.encoder_steps import Training, curves_of, encoder_step, mixes_noise, training_noise
+from speechtok.training.encoder_steps import (
+    Training,
+    beginning_with,
+    curves_of,
+    encoder_step,
+    mixes_noise,
+    share_mels,
+    speech_data,
+    training_noise,
+)
 from speechtok.training.fingerprints import aligned, sounds, text
 from speechtok.training.graph import Product, Step, Task
 from speechtok.training.jobs import LICENCE, Job, save_bundle, write_table
@@ -52,15 +61,21 @@ def steps(job: Job, given: Path | None, *, base: str, base_encoder: str) -> list
 
 
 def _training(job: Job, base_encoder: str) -> Training:
-    def train(run: Path, first: Path | None) -> None:
+    def train(run: Path, first: Product | None) -> None:
+        assert first is not None  # noqa: S101 - for the type checker
+        begun = first.file("encoder.json").parent
+        share_mels(begun.parent, run)
         self_segment(
-            job.choices.syllable_recipe, job.speech("train"), run, init=first, held_out=job.speech("dev"),
+            job.choices.syllable_recipe, job.speech("train"), run, init=begun, held_out=job.speech("dev"),
             aligned=job.speech("dev"), noise=training_noise(job) if job.syllable_recipe.noisy else None,
             device=job.device, on_event=job.on_event,
         )  # fmt: skip
 
     constants = {"seeds": asdict(EnergySeeds())}
-    return Training(ENCODER, job.choices.syllable_recipe, job.syllable_recipe, train, base_encoder, constants)
+    return Training(
+        ENCODER, job.choices.syllable_recipe, job.syllable_recipe, train, speech_data(job, job.syllable_recipe),
+        beginning_with(base_encoder), constants,
+    )  # fmt: skip
 
 
 # -- thresholds and units ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ predict its code. `W2vBertObjectiveConfig` holds the form of 2021 (one codebook)
 and masked prediction of random-projection codes, Barrault et al. 2023, section 3.1).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -73,6 +73,10 @@ class W2vBertObjective(nn.Module):
             self.predict_projection = nn.Linear(dim, config.projection_books * config.projection_codes)
         if config.recalibration > 0:
             self.recalibration = nn.Parameter(torch.linspace(config.recalibration, 0.0, model.num_hidden_layers))
+
+    def compiled(self) -> Iterable[nn.Module]:
+        """The encoder's blocks."""
+        return self.encoder.blocks
 
     # -- data -----------------------------------------------------------------------------------------------------
 

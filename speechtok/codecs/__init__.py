@@ -1,0 +1,1 @@
+"""Codecs: quantized frames -> sound, and published codecs as a whole."""
