@@ -69,7 +69,8 @@ def probe(
             layers=chosen, pooling=pooling.value, folds=folds, seed=seed, device=device, on_event=tell,
         )  # fmt: skip
     write_json(json_file, results)
-    for path, reason in results[0]["failed"].items():
+    failed = {path: reason for result in results for path, reason in result["failed"].items()}
+    for path, reason in failed.items():
         typer.echo(f"{path} is left out: {reason}", err=True)
     if log is not LogMode.quiet:
         for name in dict.fromkeys(result["task"] for result in results):

@@ -284,7 +284,7 @@ def test_a_run_goes_on_with_its_own_sound_only(recipe: Path, tmp_path: Path) -> 
     other = tmp_path / "other"
     other.mkdir()
     soundfile.write(other / "a.wav", np.random.default_rng(0).normal(0, 0.1, 48000), 24000)
-    with pytest.raises(OutputError, match="other training sound"):
+    with pytest.raises(OutputError, match="began with another train"):
         train_codec(recipe, other, run, changes={"run.steps": 2, "objective.adversarial_from": 1.0})
 
 

@@ -213,13 +213,13 @@ def test_what_is_added_stands_in_another_row() -> None:
 def test_a_row_that_is_alone_stays_clean_and_keeps_its_other_draws() -> None:
     clean = torch.randn(1, 400)
     assert torch.equal(mixed(clean, probability=1.0), clean)
-    objective = objective_of(replace(CONFIG, mixture_probability=1.0))
+    objective = objective_of(replace(CONFIG, mixture_probability=1.0, layerdrop=0.5))
     sound = random_sound(80, 60)
     alone = batch_of(objective, sound, PLACES[0], training=True)
     beside = batch_of(objective, sound, *PLACES, training=True)
     assert torch.equal(alone["heard"][0], torch.from_numpy(sound.cut(0, 5, 40)))
     assert not torch.equal(beside["heard"][0], alone["heard"][0])
-    for name in ("mask", "codes", "around"):
+    for name in ("mask", "codes", "around", "skip"):
         assert torch.equal(alone[name][0], beside[name][0]), name
 
 
@@ -453,11 +453,12 @@ def test_magnitudes_are_centred_on_the_middle_of_the_frame() -> None:
             assert value == pytest.approx(np.log1p(abs(product)), abs=1e-5)
 
 
-def test_the_reach_is_half_the_longest_filter() -> None:
+def test_the_reach_covers_half_the_longest_filter_and_little_more() -> None:
     for fmin, bins in ((32.7, 12), (65.4, 48), (261.6, 12)):
         objective = objective_of(replace(CONFIG, cqt_fmin=fmin, cqt_bins_per_octave=bins))
         _, sizes = librosa.filters.wavelet(freqs=fmin * 2.0 ** (np.arange(24) / bins), sr=RATE, pad_fft=False)
-        assert 0 < objective.reach * HOP - max(sizes) / 2 <= 2 * HOP
+        # More by the filters of the decimation, which are longest where it goes furthest.
+        assert max(sizes) / 2 < objective.reach * HOP <= 2 * max(sizes) / 2 + 6 * HOP
 
 
 def test_targets_are_standardised_over_the_sound() -> None:

@@ -242,6 +242,13 @@ def test_an_interrupted_teacher_goes_on(teacher: Path, tmp_path: Path, monkeypat
     with (broken / "frames.txt").open("a") as file:
         file.write("7")
     calls: list[float] = []
+
+    def watched(*call, compute=module._codes):
+        # Whoever is killed right now loses nothing of what the first call had done.
+        assert (broken / "frames.txt").read_text().count("\n") == 2 + len(calls)
+        return compute(*call)
+
+    monkeypatch.setattr(module, "_codes", watched)
     again = TeacherCodes.on_disk(tokenizer, waves, "x", broken, lambda event: calls.append(event.done))
     assert len(calls) == len(waves.lengths) - 2
     assert calls[-1] == pytest.approx(waves.hours * 3600)

@@ -124,7 +124,7 @@ def _intro(tokenizer: Tokenizer) -> str:
     return (
         f"A neural codec for speech, music and other sound, mono at {tokenizer.sample_rate / 1000:g} kHz: an encoder, "
         f"a residual quantizer of {tokenizer.codebooks} codebooks and a decoder (SEANet as in EnCodec, Défossez et al. "
-        "2022, arXiv:2210.13438, but smaller and without recurrent layers). Every frame has an id of each codebook. "
+        "2022, arXiv:2210.13438, but smaller). Every frame has an id of each codebook. "
         "The first codebooks alone are a coarser codec of fewer bits; the decoder takes any number of them."
     )
 
@@ -256,8 +256,8 @@ def _limits(tokenizer: Tokenizer, data: Sequence[Corpus], origin: Origin) -> str
     spoken = sum(corpus.hours for corpus in data if corpus.name in CREDITS)
     lossy = sum(corpus.hours for corpus in data if corpus.name == _LOSSY)
     texts = [
-        f"A small model from {hours:.1f} h of sound, meant for study, tests and as a teacher; Opus at the same bitrate "
-        "is often better (see the tables), and published codecs have heard thousands of hours.",
+        f"A small model from {hours:.1f} h of sound, meant for study, tests and as a teacher: the tables show Opus "
+        "beside it, and published codecs have heard thousands of hours.",
         f"Bandwidth: sound is brought to {tokenizer.sample_rate / 1000:g} kHz, so nothing above "
         f"{tokenizer.sample_rate / 2000:g} kHz comes back. The speech that it has heard ends at 8 kHz"
         + (f", {lossy:.1f} h of it nothing above about 7 kHz" if lossy else "")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from speechtok.corpus.engine import Event
-from speechtok.errors import OutputError
 from speechtok.nn.seanet import SeanetConfig
 from speechtok.tokenizer import Tokenizer, usable_device
+from speechtok.training.beginning import same_beginning
 from speechtok.training.codec import CodecObjective
 from speechtok.training.codec_config import CodecObjectiveConfig
 from speechtok.training.distributed import one_at_a_time
@@ -92,14 +92,11 @@ def read_waves(
 
     Files that are left out go to the log as warnings; parameters and errors as of `train_codec`.
     """
-    cache, beginning = folder / "waves", folder / "beginning.json"
+    cache = folder / "waves"
     with one_at_a_time(cache):
         waves = Waves.build(data, cache / "train", on_event, sample_rate, hop)
         watched = None if held_out is None else Waves.build(held_out, cache / "held_out", on_event, sample_rate, hop)
-        identity = identity_of(cache / "train")
-        if beginning.exists() and beginning.read_text().strip() != identity:
-            raise OutputError(f"{folder} holds a run that began with other training sound; choose another folder")
-        beginning.write_text(identity + "\n")
+        same_beginning(folder, {"train": identity_of(cache / "train")})
     for what, heard in (("data", waves), ("held_out", watched)):
         if heard is not None and heard.failed:
             logger.warning("%s: %d files were left out; the first: %s", what, len(heard.failed), heard.failed[0])

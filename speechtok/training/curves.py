@@ -1,17 +1,21 @@
 """Curves of a training run as a picture."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["draw_curves"]
 
+_BOOK = re.compile(r"book(\d+)_(\w+)")
 _SKIPPED = {"step", "split", "hours", "alarms", "steps_per_second"}
 
 
 def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw every figure of ``metrics.jsonl`` over the steps; one panel for each, layers of a probe in one panel.
+    """Draw every figure of ``metrics.jsonl`` over the steps; one panel for each.
+
+    Layers of a probe share a panel, and so do the codebooks of a quantizer, as they are in training.
 
     Parameters
     ----------
@@ -28,8 +32,13 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
         for name, value in line.items():
             if name in _SKIPPED or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            panel, _, layer = name.partition("_layer")
-            curve = f"layer {layer.replace('_', ' ')}" if layer else line["split"]
+            if book := _BOOK.fullmatch(name):
+                if line["split"] != "train":
+                    continue
+                panel, curve = f"{book[2]} of codebooks", f"book {book[1]}"
+            else:
+                panel, _, layer = name.partition("_layer")
+                curve = f"layer {layer.replace('_', ' ')}" if layer else line["split"]
             steps, values = panels.setdefault(panel, {}).setdefault(curve, ([], []))
             steps.append(line["step"])
             values.append(value)

@@ -13,6 +13,7 @@ from speechtok.audio.clips import clips_of_split
 from speechtok.encoders.pretrained import read_tensors
 from speechtok.encoders.saved import DESCRIPTION, WEIGHTS
 from speechtok.errors import InputError
+from speechtok.training.beginning import BEGINNING
 from speechtok.training.fingerprints import changes, sounds
 from speechtok.training.graph import Product, Step, Task, file_hash
 from speechtok.training.jobs import CURVES, Job, copy
@@ -23,8 +24,6 @@ __all__ = [
     "Beginning", "Training", "beginning_with", "curves_of", "encoder_step", "mixes_noise", "share_mels", "speech_data",
     "training_noise",
 ]  # fmt: skip
-
-_BEGINNING = "beginning.json"  # see `speechtok.training.pretrain.same_beginning`
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def _check_beginning(training: Training, given: Path, beginning: Beginning, firs
 
     A run without a recipe may have begun with anything: nothing is claimed of it.
     """
-    path = _beside(given, _BEGINNING)
+    path = _beside(given, BEGINNING)
     if path is None or _run_facts(given)["config"] != training.config:
         return
     try:

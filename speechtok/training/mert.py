@@ -9,6 +9,7 @@ Time: codes belong to the frame whose span holds the middle of the encoder's fra
 the real sound around the crop as far as the item has it: low filters are longer than the frames.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -90,10 +91,7 @@ class MertObjective(nn.Module):
     @property
     def reach(self) -> int:
         """Hops on each side of a crop that the longest filter of the constant-Q transform reads."""
-        config = self.config
-        ratio = 4.0 ** (1.0 / config.cqt_bins_per_octave)  # of the frequencies of a bin's two neighbours
-        longest = (ratio + 1) / (ratio - 1) * self.encoder.sample_rate / config.cqt_fmin
-        return int(np.ceil(longest / 2 / self.encoder.hop)) + 1
+        return math.ceil(max(self.transform.reach) / self.encoder.hop) + 1  # frames lie between two hops
 
     @torch.no_grad()
     def measure_targets(self, sound: Waves, seed: int = 0) -> None:
@@ -151,14 +149,15 @@ class MertObjective(nn.Module):
             batch["asked"] = mask & known
         if config.cqt_weight > 0:
             batch["around"] = self._around(crops, sound, clean.shape[1])
+        # Drawn first: a crop that is alone has nothing to draw for the mixture.
+        if training and config.layerdrop > 0:
+            draws = [generator.random(self.encoder.layer) < config.layerdrop for generator in generators]
+            batch["skip"] = torch.from_numpy(np.stack(draws))
         if training:
             batch["heard"] = mix_in_batch(
                 clean, lengths, generators, probability=config.mixture_probability, segments=config.mixture_segments,
                 samples=tuple(round(x * sound.sample_rate) for x in config.mixture_seconds), gain=config.mixture_gain,
             )  # fmt: skip
-        if training and config.layerdrop > 0:
-            draws = [generator.random(self.encoder.layer) < config.layerdrop for generator in generators]
-            batch["skip"] = torch.from_numpy(np.stack(draws))
         return batch
 
     def _codes(self, crops: Sequence[Crop], sound: Waves, counts: Sequence[int], total: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """Pre-train a MERT encoder from a recipe: read the sound, ask the teachers, run the loop, write the encoder."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -12,9 +11,10 @@ import torch
 from speechtok.corpus.engine import Event
 from speechtok.encoders.hubert import HubertConfig
 from speechtok.encoders.saved import save_encoder
-from speechtok.errors import InputError, OutputError
+from speechtok.errors import InputError
 from speechtok.hub import load
 from speechtok.tokenizer import Tokenizer, usable_device
+from speechtok.training.beginning import same_beginning
 from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
 from speechtok.training.mert import MertObjective
@@ -89,7 +89,8 @@ def pretrain_mert(
     with one_at_a_time(folder):
         sound = _heard("train", data, folder, objective, tokenizer, on_event)
         watched = None if held_out is None else _heard("held_out", held_out, folder, objective, tokenizer, on_event)
-        _same_beginning(folder, tokenizer)
+        teacher_identity = None if tokenizer is None else tokenizer.fingerprint
+        same_beginning(folder, {"train": identity_of(folder / "waves" / "train"), "teacher": teacher_identity})
     del tokenizer
     objective.measure_targets(sound, chosen.run.seed)
     train(objective, chosen, sound, folder, held_out=watched, device=device, on_event=on_event)
@@ -115,15 +116,3 @@ def _heard(
         return TaughtWaves.join(waves, TeacherCodes.in_memory(teacher, waves))
     codes = TeacherCodes.on_disk(teacher, waves, identity_of(place), folder / "codes" / name, on_event)
     return TaughtWaves.join(waves, codes)
-
-
-def _same_beginning(folder: Path, teacher: Tokenizer | None) -> None:
-    """Refuse to go on with a run on other sound or another teacher than it began with."""
-    path = folder / "beginning.json"
-    facts = {
-        "train": identity_of(folder / "waves" / "train"), "teacher": None if teacher is None else teacher.fingerprint,
-    }  # fmt: skip
-    if path.exists() and (begun := json.loads(path.read_text())) != facts:
-        changed = ", ".join(name for name in facts if facts[name] != begun.get(name))
-        raise OutputError(f"{folder} holds a run that began with another {changed}; choose another folder")
-    path.write_text(json.dumps(facts) + "\n")

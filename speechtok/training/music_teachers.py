@@ -113,8 +113,11 @@ class TeacherCodes:
         path, journal = folder / CODES, folder / JOURNAL
         counts = _done(folder, books)[: len(waves.lengths)]
         seconds, total = waves.lengths[: len(counts)].sum() / waves.rate, waves.hours * 3600
-        with path.open("r+b" if path.exists() else "wb") as file, journal.open("w") as log:
-            log.writelines(f"{count}\n" for count in counts)
+        # The good part of the journal is put in place at once: whoever is killed from here on loses nothing.
+        kept = journal.with_name(f".{JOURNAL}")
+        kept.write_text("".join(f"{count}\n" for count in counts))
+        kept.replace(journal)
+        with path.open("r+b" if path.exists() else "wb") as file, journal.open("a") as log:
             file.truncate(sum(counts) * books * 2)
             file.seek(0, os.SEEK_END)
             for first in range(len(counts), len(waves.lengths), _ITEMS_AT_ONCE):

@@ -1,7 +1,6 @@
 """Pre-train a w2v-BERT encoder from a recipe: read the sound, run the loop, write the encoder."""
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -16,8 +15,9 @@ from speechtok.encoders.pretrained import from_pretrained
 from speechtok.encoders.saved import WEIGHTS, save_encoder
 from speechtok.encoders.w2v_bert import W2vBertEncoder
 from speechtok.encoders.w2v_bert_config import W2vBertConfig
-from speechtok.errors import InputError, OutputError
+from speechtok.errors import InputError
 from speechtok.tokenizer import usable_device
+from speechtok.training.beginning import same_beginning
 from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
 from speechtok.training.mels import Mels, identity_of
@@ -138,20 +138,21 @@ def read_sound(
         mels = Mels.build(data, cache / "train", speeds, on_event)
         watched = None if held_out is None else Mels.build(held_out, cache / "held_out", on_event=on_event)
         noises = None if noise is None else Mels.build(noise, cache / "noise", on_event=on_event)
-        _same_beginning(folder / "beginning.json", cache, noises is not None, init)
+        facts = {
+            name: None if frames is None else identity_of(cache / name)
+            for name, frames in (("train", mels), ("noise", noises))
+        }
+        same_beginning(folder, {**facts, "init": _first_weights(init)})
     for what, heard in (("data", mels), ("held_out", watched), ("noise", noises)):
         if heard is not None and heard.failed:
             logger.warning("%s: %d files were left out; the first: %s", what, len(heard.failed), heard.failed[0])
     return mels, watched, noises
 
 
-def _same_beginning(path: Path, cache: Path, noisy: bool, init: Path | None) -> None:
-    """Refuse to go on with a run on other sound, noise or first weights than it began with."""
-    if init is not None and not (init / WEIGHTS).is_file():
+def _first_weights(init: Path | None) -> str | None:
+    """Identity of the weights that a run begins with."""
+    if init is None:
+        return None
+    if not (init / WEIGHTS).is_file():
         raise InputError(f"{init} holds no {WEIGHTS}; give the folder 'encoder' of a finished run")
-    facts = {"train": identity_of(cache / "train"), "noise": identity_of(cache / "noise") if noisy else None}
-    facts["init"] = None if init is None else hashlib.sha256((init / WEIGHTS).read_bytes()).hexdigest()[:16]
-    if path.exists() and (begun := json.loads(path.read_text())) != facts:
-        changed = ", ".join(name for name in facts if facts[name] != begun.get(name))
-        raise OutputError(f"{path.parent} holds a run that began with another {changed}; choose another folder")
-    path.write_text(json.dumps(facts) + "\n")
+    return hashlib.sha256((init / WEIGHTS).read_bytes()).hexdigest()[:16]
