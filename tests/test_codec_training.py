@@ -291,7 +291,8 @@ def test_a_run_goes_on_with_its_own_sound_only(recipe: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model.audio_channels": 2}, "one channel"),
+        ({"model.audio_channels": 2}, "2 channels"),
+        ({"model.trim_right_ratio": 0.5}, "trim_right_ratio"),
         ({"model.num_lstm_layers": 1}, "cosine_start"),
         ({"objective.adversarial_from": 1.5}, "shares of 1"),
         ({"objective.mel_weight": 0.0}, "mel_weight"),

@@ -226,12 +226,13 @@ def test_units_of_another_length_are_whole_frames(folder, units):
 
 def test_nothing_leaves_the_folder(units, tmp_path):
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept.wav").write_bytes(b"")
     (tmp_path / "wavs").mkdir()
     (tmp_path / "wavs" / "b").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "wavs" / "synth.json").write_text(json.dumps({"plan": "x", "keys": []}))
+    (tmp_path / "wavs" / "synth.json").write_text(json.dumps({"plan": "x", "keys": ["b/kept"]}))
     summary = synthesize(units, tmp_path / "wavs", overwrite=True)
     assert (summary.files, summary.failed) == (2, 2)
-    assert not list((tmp_path / "elsewhere").iterdir())
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["kept.wav"]
     with pytest.raises(FormatError, match="'..' component"):
         synthesize(forged(units, tmp_path / "forged", "../x"), tmp_path / "out")
     with pytest.raises(FormatError, match="twice"):

@@ -261,11 +261,16 @@ def units_of(row: Row, codec: Tokenizer) -> Units:
     return Units(ids, starts, ends, rate, codec.vocab_size, codec.fingerprint)
 
 
-def _write(out: Path, key: str, data: bytes) -> None:
+def _target(out: Path, key: str) -> Path:
+    """The wav file of a key; FormatError if a link leads elsewhere, where nothing is written or deleted."""
     target = out / f"{key}.wav"
-    # A link to a folder elsewhere must not take files out of the output.
     if not target.parent.resolve().is_relative_to(out.resolve()):
         raise FormatError(f"{target.parent} is a link that leads out of {out}; remove it")
+    return target
+
+
+def _write(out: Path, key: str, data: bytes) -> None:
+    _target(out, key)
     with Files(out) as files:
         files.create(f"{key}.wav").write(data)
 
@@ -312,8 +317,8 @@ def _claim(out: Path, plan: str, keys: list[str], *, overwrite: bool) -> dict[st
         )
     if job is not None and overwrite:
         for key in job["keys"]:
-            with suppress(OSError):  # it never was, or its name cannot be
-                (out / f"{key}.wav").unlink()
+            with suppress(OSError, FormatError):  # it never was, its name cannot be, or a link leads elsewhere
+                _target(out, key).unlink()
     elif job is not None and "files" in job:
         failed = set(job["failed_keys"])
         if all(_exists(out, key) for key in job["keys"] if key not in failed):

@@ -41,6 +41,8 @@ class SeanetFrames(Encoder):
     """
 
     type = "seanet"
+    # The largest difference of half an hour of sound, between chunks and the whole, was 5.0e-6 with trained weights.
+    rounding = 2e-5
     layer = None
 
     def __init__(

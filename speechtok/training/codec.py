@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from speechtok.audio.features import valid_frames
 from speechtok.codecs.seanet import SeanetWaves
-from speechtok.encoders.seanet import SeanetFrames
-from speechtok.errors import InputError
+from speechtok.encoders.seanet import SeanetFrames, check_streamable
+from speechtok.errors import CheckpointError, InputError
 from speechtok.nn.cosine_start import begin_as_cosine_transform
 from speechtok.nn.discriminators import MultiScaleStft, feature_distance, generator_loss, hinge_loss
 from speechtok.nn.residual_vq import ResidualVQ, codebook_use
@@ -52,8 +52,10 @@ class CodecObjective(nn.Module):
 
     def __init__(self, model: SeanetConfig, config: CodecObjectiveConfig) -> None:
         super().__init__()
-        if model.audio_channels != 1 or not model.use_causal_conv or model.norm_type != "weight_norm":
-            raise InputError("[model] a codec is trained with one channel, causal, and without time_group_norm")
+        try:
+            check_streamable(model)
+        except CheckpointError as error:
+            raise InputError(f"[model] {error}") from error
         self.model, self.config = model, config
         self.encoder, self.decoder = SeanetEncoder(model), SeanetDecoder(model)
         if config.cosine_start:
@@ -219,6 +221,7 @@ class CodecObjective(nn.Module):
 
 def _si_sdr(wave: Tensor, decoded: Tensor) -> Tensor:
     """As `speechtok.metrics.signal.si_sdr`, of every row and between -40 and 40 dB: silent crops have no ratio."""
+    wave, decoded = wave - wave.mean(1, keepdim=True), decoded - decoded.mean(1, keepdim=True)
     power = wave.square().sum(1, keepdim=True).clamp_min(1e-8)
     target = (decoded * wave).sum(1, keepdim=True) / power * wave
     ratio = target.square().sum(1).clamp_min(1e-8) / (decoded - target).square().sum(1).clamp_min(1e-8)
