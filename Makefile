@@ -34,7 +34,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not slow" --cov --cov-report=term
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report=term
 
 # ENCODER=RUN/encoder takes an encoder that was trained elsewhere, SYLBER_ENCODER one of syllables, MERT_ENCODER one of
 # music, CODEC=RUN/codec a codec; the rest follows.

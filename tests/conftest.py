@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items):
     """Make order and threads boring: one test module never inherits another one's thread count."""
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1)))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="session")
