@@ -49,6 +49,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m speechtok.benchmarks.streaming --data $(DATA)/speech/eval --json benchmarks/results/streaming.json
 	$(BIN)/python -m speechtok.benchmarks.early_exit --repeats 7 --json benchmarks/results/early_exit.json
 	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m speechtok.benchmarks.segmentation --json benchmarks/results/segmentation.json
+	$(BIN)/python -m speechtok.benchmarks.cqt --json benchmarks/results/cqt.json
+	$(BIN)/python -m speechtok.benchmarks.residual --json benchmarks/results/residual.json
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

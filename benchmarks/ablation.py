@@ -9,14 +9,11 @@ it was as low as the baseline's at 25, 50, 75 and 100 % of its fall, the lowest 
 norm, and the phone information of every layer at the end.
 """
 
-import json
-import os
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any, cast
 
-from speechtok.benchmarks.runner import machine, parser, write
+from speechtok.benchmarks.runner import lines, machine, parser, share, write
 
 from speechtok.encoders import from_pretrained
 from speechtok.encoders.w2v_bert import W2vBertEncoder
@@ -62,17 +59,13 @@ def _run(chosen: Any, name: str, values: dict[str, Any]) -> tuple[list[tuple[int
     """Train one row: held-out loss over the steps, and figures at the end."""
     folder = chosen.runs / f"{name.replace(' ', '-')}-{values['run.seed']}"
     data, watched = chosen.data / "train", chosen.data / "dev"
-    known, cache = next(chosen.runs.glob("*/mels"), None), folder / "mels"
-    if known is not None and not cache.exists():  # all rows hear the same sound
-        shutil.copytree(known, cache, copy_function=os.link)
+    share(chosen.runs, folder, "mels")
     made = pretrain(chosen.recipe, data, folder, held_out=watched, changes=values)
     encoder = cast(W2vBertEncoder, from_pretrained(made))
     speeds = Recipe.read(chosen.recipe, KIND, values).data.speeds
     projections = {encoder.config.projected_layer: encoder.projection}
-    probe = PhoneProbe.read(watched, encoder, Mels.build(data, cache / "train", speeds), clusters=(500,))
-    history = (folder / "metrics.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in history]
-    held_out, training = ([line for line in lines if line["split"] == split] for split in ("held out", "train"))
+    probe = PhoneProbe.read(watched, encoder, Mels.build(data, folder / "mels" / "train", speeds), clusters=(500,))
+    held_out, training = lines(folder, "held out"), lines(folder, "train")
     curve = [(line["step"], line[chosen.loss]) for line in held_out]
     last = held_out[-1]
     return curve, {

@@ -11,17 +11,14 @@ Two questions, answered apart:
    they are finished) and relaxed attention keep finite, and whether the fused kernel of this machine needs any of it.
 """
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from speechtok.benchmarks.runner import machine, parser, write
+from speechtok.benchmarks.runner import lines, machine, parser, share, write
 from torch import Tensor
 
 from speechtok.errors import InputError
@@ -65,6 +62,7 @@ def main() -> None:
             for seed in range(chosen.seeds):
                 values = {**base, **changes, "optimizer.learning_rate": rate, "run.seed": seed}
                 table.append({"row": name, "learning_rate": rate, "seed": seed, **_run(chosen, name, values)})
+                print(table[-1], flush=True)
     recipe = Recipe.read(chosen.recipe, KIND, base).as_dict()
     write(
         chosen.json,
@@ -75,10 +73,8 @@ def main() -> None:
 def _run(chosen: Any, name: str, values: dict[str, Any]) -> dict[str, Any]:
     """Train one row; figures of the run, also of one that ended early."""
     folder = chosen.runs / f"{name}-{values['optimizer.learning_rate']:g}-{values['run.seed']}"
-    for part in ("waves", "codes"):  # all rows hear the same sound and the same teacher
-        known = next((path for path in chosen.runs.glob(f"*/{part}") if path.parent != folder), None)
-        if known is not None and not (folder / part).exists():
-            shutil.copytree(known, folder / part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
+    for part in ("waves", "codes"):
+        share(chosen.runs, folder, part)
     ended = None
     teacher = None if chosen.teacher == "none" else chosen.teacher
     try:
@@ -90,8 +86,7 @@ def _run(chosen: Any, name: str, values: dict[str, Any]) -> dict[str, Any]:
         if "not finite" not in str(error) and "the loss is" not in str(error):
             raise
         ended = str(error)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    training, held_out = ([line for line in lines if line["split"] == split] for split in ("train", "held out"))
+    training, held_out = lines(folder, "train"), lines(folder, "held out")
     entropies = [v for line in held_out for k, v in line.items() if k.startswith("attention_entropy")]
     return {
         "ended_early": ended,
@@ -119,7 +114,7 @@ def arithmetic(device: str) -> dict[str, Any]:
     """Largest scores, as powers of 2, that each way to form attention keeps finite in float16."""
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "plain": lambda q, k: torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, -1),
-        "published": lambda q, k: _published(q, k),
+        "published": _published,
         "relaxed": lambda q, k: attention_weights(q, k, None, RELAXATION),
         "fused": lambda q, k: F.scaled_dot_product_attention(q, k, torch.ones_like(k)),
     }

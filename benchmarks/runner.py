@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["arguments", "interleaved", "machine", "parser", "write"]
+__all__ = ["arguments", "interleaved", "lines", "machine", "parser", "share", "write"]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -67,6 +68,20 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
         name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for name, values in seconds.items()
     }
+
+
+def share(runs: Path, folder: Path, part: str) -> None:
+    """Link what another run below `runs` has read and computed into the folder of a run: all hear the same sound."""
+    known = next((path for path in runs.glob(f"*/{part}") if path.parent != folder), None)
+    if known is not None and not (folder / part).exists():
+        shutil.copytree(known, folder / part, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"))
+
+
+def lines(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Lines of a run's metrics on "train" or "held out"; none if it never logged one."""
+    metrics = folder / "metrics.jsonl"
+    known = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return [line for line in known if line["split"] == split]
 
 
 def write(path: Path | None, result: Mapping[str, Any]) -> None:

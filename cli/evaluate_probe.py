@@ -77,23 +77,20 @@ def probe(
             _show_probe([result for result in results if result["task"] == name])
 
 
-def _with_interval(figures: dict[str, Any], value: str, interval: str) -> str:
-    low, high = figures[interval]
-    return f"{100 * figures[value]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
 def _show_probe(results: list[dict[str, Any]]) -> None:
+    from speechtok.evaluation.probe import with_interval
+
     about, how = results[0], results[0]["conventions"]
     both = (("accuracy", "interval"), ("balanced_accuracy", "balanced_interval"))
     rows: list[list[Any]] = []
     for result in results:
         for layer, figures in result["layers"].items():
-            rows.append([result["tokenizer"], layer, *(_with_interval(figures, *one) for one in both), ""])
+            rows.append([result["tokenizer"], layer, *(with_interval(figures, *one) for one in both), ""])
         figures = result["chosen"]
         rows.append([result["tokenizer"], "chosen: " + ",".join(figures["layer"])])
-        rows[-1] += [_with_interval(figures, *one) for one in both]
-        rows[-1] += [_with_interval(figures["difference"], "accuracy", "interval")]
-    rows.append(["majority", "", *(_with_interval(about["majority"], *one) for one in both), ""])
+        rows[-1] += [with_interval(figures, *one) for one in both]
+        rows[-1] += [with_interval(figures["difference"], "accuracy", "interval")]
+    rows.append(["majority", "", *(with_interval(about["majority"], *one) for one in both), ""])
     print_table(
         f"{about['task']} on {about['data']}, in %: {about['items']} sounds, {about['groups']} groups "
         f"({how['grouped_by']}), {len(about['classes'])} classes, chance {100 * about['chance']:.1f}; {how['probe']}, "

@@ -46,7 +46,8 @@ def write(folder: Path, description: Mapping[str, Any], parts: Mapping[str, nn.M
     path = folder / "tokenizer.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists() and json.loads(path.read_text()).get("fingerprint") != description["fingerprint"]:
+        known = json.loads(path.read_text()) if path.exists() else description
+        if any(known.get(part) != description.get(part) for part in ("fingerprint", "decoder_fingerprint")):
             raise OutputError(f"{folder} holds another tokenizer; choose another folder or delete it")
         for part, module in parts.items():
             tensors = {name: _narrow(tensor.cpu().contiguous()) for name, tensor in module.state_dict().items()}

@@ -70,8 +70,8 @@ class WavePass:
         Of the decoder before the ids that are held, one row.
     held : int32 [K, n]
         Ids that fill no block yet.
-    fingerprint : str
-        Of the units; empty before the first ones.
+    fingerprint, codebooks
+        Of the units; empty and 0 before the first ones.
     lacking : int
         Samples that the last unit lacks of a whole frame, because its sound ends in it.
     tokenizer, decoder : str
@@ -85,6 +85,7 @@ class WavePass:
     decoder: str
     held: NDArray[np.int32] = field(default_factory=lambda: np.zeros((1, 0), np.int32))
     fingerprint: str = ""
+    codebooks: int = 0
     lacking: int = 0
     closed: bool = False
 
@@ -110,21 +111,28 @@ class WavePass:
         ------
         FingerprintError
             If the units are those of another tokenizer.
+        FormatError
+            If there are ids that the codebooks do not have.
         InputError
             If the sound ended with the units before.
         """
         ids, hop = np.atleast_2d(units.ids), tokenizer.encoder.hop
-        if self.fingerprint != units.fingerprint:
-            if self.fingerprint or not made(tokenizer, units.fingerprint, len(ids)):
-                raise FingerprintError(
-                    f"units of {len(ids)} codebooks of the tokenizer {units.fingerprint} are none of {tokenizer.name} "
-                    f"({self.fingerprint or tokenizer.fingerprint}); take the tokenizer that made them"
-                )
-            self.fingerprint = units.fingerprint
+        # All is checked before anything is changed.
+        known = self.fingerprint == units.fingerprint and self.codebooks == len(ids)
+        if not known and (self.fingerprint or not made(tokenizer, units.fingerprint, len(ids))):
+            raise FingerprintError(
+                f"units of {len(ids)} codebooks of the tokenizer {units.fingerprint} are none of {tokenizer.name} "
+                f"({self.fingerprint or tokenizer.fingerprint}); take the tokenizer that made them"
+            )
+        if ids.size and int(ids.max()) >= tokenizer.vocab_size:
+            raise FormatError(
+                f"an id is {ids.max()}, but the codebooks of {tokenizer.name} have {tokenizer.vocab_size}"
+            )
+        if len(units) and self.lacking:
+            raise InputError("the sound ended with the units before; take a new stream for another sound")
+        self.fingerprint, self.codebooks = units.fingerprint, len(ids)
         if not len(units):
             return np.zeros(0, np.float32)
-        if self.lacking:
-            raise InputError("the sound ended with the units before; take a new stream for another sound")
         self.lacking = hop - min(hop, max(1, int(units.ends[-1] - units.starts[-1])))
         self.held = np.concatenate([self.held, ids], axis=1) if self.held.shape[1] else ids
         block, waves = _codec(tokenizer)[0].block, [np.zeros(0, np.float32)]
@@ -193,8 +201,10 @@ class DecoderStream:
         FingerprintError
             If the units are those of another tokenizer, or of another number of codebooks than the ones before.
         InputError
-            If the sound has ended: its last unit came before, or the stream was flushed. The stream is unchanged after
-            these two. Any other failure ends it.
+            If the sound has ended: its last unit came before, or the stream was flushed.
+        FormatError
+            If there are ids that the codebooks do not have. The stream is unchanged after these three. Any other
+            failure ends it.
         """
         return self._run(lambda state: state.push(self.tokenizer, units))
 

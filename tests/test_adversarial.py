@@ -189,12 +189,11 @@ def pulls(wave: Tensor) -> dict[str, Tensor]:
 
 def test_scales_of_losses_do_not_matter() -> None:
     balancer, wave = Balancer({"small": 1.0, "large": 1.0}), torch.zeros(3, 4, requires_grad=True)
-    surrogate, figures = balancer(pulls(wave), wave)
-    (gradient,) = torch.autograd.grad(surrogate, wave)
+    gradient, figures = balancer(pulls(wave), wave)
     assert torch.allclose(gradient, torch.tensor([0.5, 0.5, 0.0, 0.0]).expand(3, 4))
     assert figures["norm_large"] == pytest.approx(3e6) and figures["norm_small"] == pytest.approx(3.0)
     uneven = Balancer({"large": 3.0, "small": 1.0, "absent": 9.0})
-    assert torch.allclose(uneven.gradient(pulls(wave), wave)[0][0], torch.tensor([0.25, 0.75, 0.0, 0.0]))
+    assert torch.allclose(uneven(pulls(wave), wave)[0][0], torch.tensor([0.25, 0.75, 0.0, 0.0]))
 
 
 def test_norms_are_unbiased_moving_means() -> None:
@@ -202,17 +201,17 @@ def test_norms_are_unbiased_moving_means() -> None:
     for step, norm in enumerate(norms, 1):
         wave = torch.ones(2, 2, requires_grad=True)
         # Rows with norms apart: their mean counts.
-        gradient, _ = balancer.gradient({"a": (wave[:, 0] * torch.tensor([0.5, 1.5]) * norm)}, wave)
+        gradient, _ = balancer({"a": (wave[:, 0] * torch.tensor([0.5, 1.5]) * norm)}, wave)
         mean = sum(0.9 ** (step - i) * value for i, value in enumerate(norms[:step], 1))
         mean /= sum(0.9 ** (step - i) for i in range(1, step + 1))
         assert gradient[:, 0].tolist() == pytest.approx([0.5 * norm / mean, 1.5 * norm / mean])
     copy = Balancer({"a": 1.0}, decay=0.9)
     copy.load_state_dict(balancer.state_dict())
     wave = torch.ones(1, 2, requires_grad=True)
-    one, two = (entry.gradient({"a": 3 * wave[:, 0]}, wave)[0] for entry in (balancer, copy))
+    one, two = (entry({"a": 3 * wave[:, 0]}, wave)[0] for entry in (balancer, copy))
     assert torch.equal(one, two)
     state = balancer.state_dict()
-    balancer.eval().gradient({"a": 7 * wave[:, 0]}, wave)
+    balancer.eval()({"a": 7 * wave[:, 0]}, wave)
     assert all(torch.equal(state[name], value) for name, value in balancer.state_dict().items())
 
 
@@ -220,16 +219,16 @@ def test_a_loss_may_begin_later() -> None:
     balancer = Balancer({"small": 1.0, "large": 1.0})
     for _ in range(5):
         wave = torch.zeros(3, 4, requires_grad=True)
-        gradient = balancer.gradient({"small": pulls(wave)["small"]}, wave)[0]
+        gradient = balancer({"small": pulls(wave)["small"]}, wave)[0]
         assert gradient[0].tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0])
-    assert balancer.gradient(pulls(wave), wave)[0][0].tolist() == pytest.approx([0.5, 0.5, 0.0, 0.0])
+    assert balancer(pulls(wave), wave)[0][0].tolist() == pytest.approx([0.5, 0.5, 0.0, 0.0])
 
 
-def test_the_surrogate_trains_what_made_the_sound() -> None:
+def test_the_balanced_gradient_trains_what_made_the_sound() -> None:
     torch.manual_seed(0)
     layer, balancer, x = nn.Linear(5, 4), Balancer({"small": 1.0, "large": 2.0}), torch.randn(3, 5)
     wave = layer(x)
-    balancer(pulls(wave), wave)[0].backward()
+    wave.backward(balancer(pulls(wave), wave)[0])
     wanted = torch.zeros(4, 5)
     wanted[0], wanted[1] = x.sum(0) / 3, x.sum(0) * 2 / 3
     assert torch.allclose(layer.weight.grad, wanted, atol=1e-6)
@@ -284,7 +283,7 @@ class Gan(nn.Module):
             "adversarial": generator_loss(fake),
             "features": feature_distance(wanted, given),
         }
-        balanced, norms = self.balancer.gradient(losses, heard)
+        balanced, norms = self.balancer(losses, heard)
         hinge = hinge_loss(real, fake).sum()
         return ((decoded * balanced).sum() + hinge) / weight, {**figures, **norms, "hinge": hinge.detach()}
 

@@ -4,11 +4,13 @@ import json
 import pickle
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import speechtok
 from speechtok import hub
 from speechtok.audio.resample import resample
 from speechtok.codecs.seanet import SeanetWaves
@@ -19,6 +21,7 @@ from speechtok.errors import (
     FingerprintError,
     FormatError,
     InputError,
+    OutputError,
     UnknownNameError,
 )
 from speechtok.evaluation.verify import in_batches, random_pieces, streamed_together
@@ -213,6 +216,18 @@ def test_streams_of_sound_refuse(causal):
         assert len(stream.flush()) == 1000
         with pytest.raises(InputError, match="open a new one"):
             stream.flush()
+    with causal.decoder_stream() as stream:  # what was refused leaves no trace
+        first, rest = (
+            replace(units, ids=units.ids[:, part], starts=units.starts[part], ends=units.ends[part])
+            for part in (slice(2), slice(2, None))
+        )
+        wave = stream.push(first)
+        with pytest.raises(FormatError, match=f"an id is {causal.vocab_size}"):
+            stream.push(replace(rest, ids=rest.ids * 0 + causal.vocab_size, vocab_size=2 * causal.vocab_size))
+        with pytest.raises(FingerprintError, match="units of 2 codebooks"):
+            stream.push(replace(rest, ids=rest.ids[:2]))
+        wave = np.concatenate([wave, stream.push(rest), stream.flush()])
+    assert np.array_equal(wave, causal.decode(units))
     other = codec(seed=1)
     with pytest.raises(FingerprintError, match="another tokenizer"):
         other.decoder_stream().restore(causal.decoder_stream().state())
@@ -309,6 +324,12 @@ def test_units_do_not_depend_on_the_decoder(causal, tmp_path):
     assert retrained.decoder_fingerprint != causal.decoder_fingerprint
     units = without.encode(noise(3000), 24000)
     assert not np.array_equal(retrained.decode(units), causal.decode(units))
+    # In a folder that holds one of them the others are no replacement.
+    causal.save(tmp_path / "bundle")
+    for another in (retrained, without):
+        with pytest.raises(OutputError, match="holds another tokenizer"):
+            another.save(tmp_path / "bundle")
+    assert speechtok.load(tmp_path / "bundle").decoder_fingerprint == causal.decoder_fingerprint
 
 
 def test_damaged_bundles(causal, tmp_path):

@@ -15,6 +15,7 @@ from speechtok.errors import InputError, OutputError
 from speechtok.metrics.signal import si_sdr
 from speechtok.nn.cosine_start import begin_as_cosine_transform
 from speechtok.nn.seanet import SeanetConfig, SeanetDecoder, SeanetEncoder
+from speechtok.training import codec as codec_module
 from speechtok.training.codec import CodecObjective
 from speechtok.training.codec_config import CodecObjectiveConfig
 from speechtok.training.compression import train_codec
@@ -201,6 +202,33 @@ def test_held_out_figures_use_all_books_and_move_nothing() -> None:
     ]
 
 
+def test_before_there_are_codes_encoder_and_decoder_are_watched() -> None:
+    model = objective().eval()
+    with torch.no_grad():
+        loss, figures = model(batch(3), 3, 1.0)
+    summary = model.summary({**figures, "loss": loss * 3})
+    assert {"si_sdr", "mel", "loss"} <= set(summary)
+    assert not [name for name in summary if "book" in name]
+    assert model.alarms(summary) == []
+
+
+def test_figures_of_the_discriminator_are_of_what_it_judged() -> None:
+    model = objective(adversarial_from=0.5)
+    before, after = (model(batch(4), 4, progress)[1] for progress in (0.1, 0.9))
+    window = {name: before.get(name, 0) + value for name, value in after.items()}
+    alone, told = model.summary(after), model.summary(window)
+    for name in ("judging", "adversarial", "feature", "norm_adversarial", "norm_feature"):
+        assert told[name] == pytest.approx(alone[name]), name
+    assert told["mel"] == pytest.approx((float(before["mel"]) + float(after["mel"])) / 8)
+
+
+def test_held_out_si_sdr_is_the_metric() -> None:
+    wave = batch(4)["wave"] + 0.05
+    decoded = wave + 0.1 * torch.randn(4, 6400, generator=torch.Generator().manual_seed(1)) * torch.rand(4, 1) + 0.1
+    wanted = [si_sdr(one, two) for one, two in zip(wave.double().numpy(), decoded.double().numpy(), strict=True)]
+    assert codec_module._si_sdr(wave, decoded).tolist() == pytest.approx(wanted, abs=1e-3)
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -297,12 +325,26 @@ def test_a_run_goes_on_with_its_own_sound_only(recipe: Path, tmp_path: Path) -> 
         ({"objective.adversarial_from": 1.5}, "shares of 1"),
         ({"objective.mel_weight": 0.0}, "mel_weight"),
         ({"objective.gain_db": -1.0}, "gain_db"),
+        ({"objective.discriminator_filters": 0}, "discriminator_filters"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(recipe: Path, tmp_path: Path, change: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         train_codec(recipe, CLIPS, tmp_path / "run", changes=change)
     assert not (tmp_path / "run").exists()
+
+
+def test_crops_shorter_than_a_window_are_refused_at_once(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="shorter than a window of the discriminator"):
+        train_codec(recipe, CLIPS, tmp_path / "run", changes={"objective.discriminator_windows": [24000]})
+
+
+def test_an_evaluation_may_come_before_the_codes(recipe: Path, tmp_path: Path) -> None:
+    changes = {"run.evaluate_every": 1, "objective.codes": 128, "objective.adversarial_from": 1.0}
+    train_codec(recipe, CLIPS, tmp_path / "run", held_out=CLIPS, changes=changes)
+    told = lines(tmp_path / "run", "held out")
+    assert "book1_entropy" not in told[0] and "book1_entropy" in told[-1]
+    assert all("si_sdr" in line for line in told)
 
 
 def test_the_shipped_recipe_is_whole() -> None:

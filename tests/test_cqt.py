@@ -414,6 +414,10 @@ def test_wrong_waves_say_what_to_do():
         transform(torch.zeros(1, 100), torch.tensor([100, 100]))
     with pytest.raises(InputError, match="float32"):
         transform.half()(torch.zeros(1, 100))
+    with pytest.raises(InputError, match="the dtype is that of the wave"):
+        cqt(torch.zeros(1, 100), RATE, dtype=torch.float64, **SMALL)
+    with pytest.raises(InputError, match="lengths are of the rows"):
+        cqt(torch.zeros(100), RATE, lengths=torch.tensor([100]), **SMALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

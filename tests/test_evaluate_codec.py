@@ -172,6 +172,8 @@ def test_limits_and_mistakes(folder: Path, tmp_path: Path) -> None:
         evaluate(folder, Bits(delay=7), (1,), speech=False, opus=())
     with pytest.raises(InputError, match=r"no usable sound.*d\.wav"):
         evaluate(only(folder, "d", tmp_path), Bits(), (1,), speech=False, opus=())
+    with pytest.raises(InputError, match="'d' of .* cannot be drawn: it could not be read"):
+        evaluate(folder, Bits(), (1,), speech=False, opus=(), picture=tmp_path / "d.png", picture_of="d")
     with pytest.raises(FormatError, match="no decoder"):
         evaluate(folder, speechtok.load("mfcc-k100"), (1,), speech=False, opus=())
 

@@ -56,14 +56,14 @@ precision = "float32"
 log_every = 1
 evaluate_every = 2
 """
-STEPS = ["mert-mini-encoder", "mert-mini-layer", "mert-mini", "probe_notes", "card_mert-mini"]
+STEPS = ["mert-mini-teacher", "mert-mini-encoder", "mert-mini-layer", "mert-mini", "probe_notes", "card_mert-mini"]
 
 
 class Toy:
     """Stand-ins for the codec and the tokenizer that it is compared with are steps of their own."""
 
     def __init__(self, root: Path) -> None:
-        self.places, self.recipe, self.teacher = Places(root / "data", root / "checkout", root / "runs"), root, 0
+        self.places, self.teacher, self.pictures = Places(root / "data", root / "checkout", root / "runs"), 0, 0
         self.recipe = root / "mert-mini-toy.toml"
         self.recipe.write_text(RECIPE)
         (self.places.root / "assets").mkdir(parents=True)
@@ -78,7 +78,8 @@ class Toy:
             encoder = tiny_encoder("w2v_bert")
             made = Tokenizer(encoder, KMeans(np.zeros((2, encoder.dim), np.float32)), name=name)
         made.save(folder)
-        return Product((folder / "tokenizer.json", folder / "encoder.safetensors"))
+        (folder / "curves.png").write_text(str(self.pictures))
+        return Product((folder / "tokenizer.json", folder / "encoder.safetensors", folder / "curves.png"))
 
     def steps(self, given: Path | None = None) -> list[Step]:
         sounds.cache_clear()
@@ -88,8 +89,11 @@ class Toy:
         )
         job = Job(self.places, choices, recipe, recipe, recipe, recipe, "cpu", "make models", lambda event: None)
         others = [
-            Step(name, "tokenizer", partial(self._stand_in, name), settings={"seed": self.teacher * (name[0] == "c")})
-            for name in ("codec-mini", "w2vbert-mini")
+            Step(name, "tokenizer", partial(self._stand_in, name), settings=settings)
+            for name, settings in (
+                ("codec-mini", {"seed": self.teacher, "pictures": self.pictures}),
+                ("w2vbert-mini", {}),
+            )
         ]
         return others + music_models.steps(job, given, teacher="codec-mini", base="w2vbert-mini")
 
@@ -131,7 +135,7 @@ def copied(toy, tmp_path):
     """The same at another place, so that other tests find what they left."""
     other = object.__new__(Toy)
     other.places = Places(toy.places.data, tmp_path / "checkout", tmp_path / "runs")
-    other.recipe, other.teacher = toy.recipe, toy.teacher
+    other.recipe, other.teacher, other.pictures = toy.recipe, toy.teacher, toy.pictures
     shutil.copytree(toy.places.root, other.places.root)
     shutil.copytree(toy.places.runs, other.places.runs)
     return other
@@ -245,22 +249,22 @@ def test_nothing_is_done_twice(toy):
 
 def test_each_change_reaches_what_depends_on_it(toy):
     toy.recipe.write_text(RECIPE.replace("steps = 4", "steps = 5"))
-    assert list(toy.plan()) == STEPS
+    assert list(toy.plan()) == STEPS[1:]
     toy.recipe.write_text(RECIPE)
     toy.teacher = 1
     assert toy.plan()["codec-mini"] == "settings changed (seed)"
-    assert toy.plan()["mert-mini-encoder"] == "after codec-mini"
+    assert toy.plan()["mert-mini-encoder"] == "after mert-mini-teacher"
     toy.teacher = 0
     listing = toy.places.data / "music" / "notes" / "metadata.jsonl"
     text = listing.read_text()
     listing.write_text(text.replace('"pitch_midi": 60', '"pitch_midi": 61'))
     # Labels teach nothing: they choose the layer, and are told by probes.
-    assert list(toy.plan()) == STEPS[1:]
+    assert list(toy.plan()) == STEPS[2:]
     assert "labels" in toy.plan()["mert-mini-layer"]
     listing.write_text(text)
     for place, changed in (
-        ("music/notes/pitched/bass-60.flac", STEPS), ("music/notes/pitched/bass-72.flac", STEPS[1:]),
-        ("music/notes/pitched/bass-48.flac", STEPS[3:]), ("music/tracks/train/piece-0.flac", [STEPS[0], *STEPS[1:]]),
+        ("music/notes/pitched/bass-60.flac", STEPS[1:]), ("music/notes/pitched/bass-72.flac", STEPS[2:]),
+        ("music/notes/pitched/bass-48.flac", STEPS[4:]), ("music/tracks/train/piece-0.flac", STEPS[1:]),
         ("music/tracks/dev/piece-0.flac", []), ("music/tracks/eval/piece-0.flac", []),
     ):  # fmt: skip
         file = toy.places.data / place
@@ -269,6 +273,13 @@ def test_each_change_reaches_what_depends_on_it(toy):
         assert list(toy.plan()) == changed, place
         file.write_bytes(content)
     assert toy.plan() == {}
+
+
+def test_what_does_not_teach_trains_nothing(copied):
+    copied.pictures = 1
+    assert copied.plan()["mert-mini-encoder"] == "after mert-mini-teacher"  # who knows before it is made
+    assert copied.run() == ["codec-mini", "mert-mini-teacher"]
+    assert copied.plan() == {}
 
 
 def test_an_encoder_of_music_is_given(copied, tmp_path):
@@ -282,7 +293,7 @@ def test_an_encoder_of_music_is_given(copied, tmp_path):
     begun = json.loads(beginning.read_text())
     for teacher in ("0" * 32, None):
         beginning.write_text(json.dumps(begun | {"teacher": teacher}))
-        with pytest.raises(SpeechtokError, match="trained from another codec than that of step codec-mini"):
+        with pytest.raises(SpeechtokError, match="trained from another codec than that of step mert-mini-teacher"):
             copied.run("mert-mini-encoder", given=given)
     beginning.write_text("5")
     with pytest.raises(SpeechtokError, match="beginning.json is damaged"):

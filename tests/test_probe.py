@@ -459,7 +459,7 @@ def test_what_compare_refuses(tones):
         compare(tones, [], tasks)
     with pytest.raises(InputError, match="6 groups cannot make 7 folds"):
         compare(tones, ["mfcc"], tasks, folds=7)
-    with pytest.raises(InputError, match=r"metadata|tones.*has no field 'artist'"):
+    with pytest.raises(InputError, match="has no field 'artist'"):
         compare(tones, ["mfcc"], tasks_of(["artist"]))
     with pytest.raises(UnknownNameError):
         compare(tones, ["no-such-encoder"], tasks)

@@ -37,6 +37,15 @@ def test_equals_the_reference(n, k, v, d):
     assert torch.equal(rows, before)
 
 
+def test_rows_that_are_no_numbers_have_no_slack():
+    codebooks = books_of(3, 8, 4)
+    rows = torch.randn(5, 4)
+    rows[2, 1] = torch.nan
+    for encode in (residual_encode, residual_encode_reference):
+        _, slack = encode(rows, codebooks)
+        assert slack.isnan().tolist() == [False, False, True, False, False]
+
+
 def test_the_reference_is_nearest_and_subtract():
     torch.manual_seed(1)
     rows, books = torch.randn(100, 6), books_of(4, 20, 6)

@@ -150,6 +150,10 @@ def test_another_jobs_folder(folder, units, tmp_path):
     synthesize(tmp_path / "part", tmp_path / "wavs", overwrite=True)
     assert set(wavs(tmp_path / "wavs")) == {"c", "d e"}
     assert (tmp_path / "wavs" / "notes.txt").exists()
+    # What lies where a new job writes is none of its results.
+    (tmp_path / "wavs" / "a.wav").write_text("mine")
+    assert synthesize(units, tmp_path / "wavs", overwrite=True).resumed == 0
+    assert soundfile.info(tmp_path / "wavs" / "a.wav").frames > 0
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "x").touch()
     for overwrite in (False, True):

@@ -47,6 +47,18 @@ def test_samples_are_kept_to_the_bit(corpus: Path, tmp_path: Path) -> None:
     assert len(waves.failed) == 2 and any("too short" in reason for reason in waves.failed)
 
 
+def test_a_file_that_fails_late_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).integers(-9000, 9000, 150 * 24000).astype(np.int16)
+    soundfile.write(corpus / "c.flac", noise, 24000)
+    whole = (corpus / "c.flac").read_bytes()
+    (corpus / "c.flac").write_bytes(whole[: len(whole) * 2 // 3])  # its first minute can be decoded
+    waves = Waves.build(corpus, tmp_path / "waves")
+    assert waves.lengths.tolist() == [2, 4500, 112]
+    assert any("c.flac" in reason for reason in waves.failed)
+    long = soundfile.read(corpus / "b.wav", dtype="float32")[0]
+    assert np.array_equal(waves.cut(2, 0, 112), long[4500 * 320 : 4612 * 320])
+
+
 def test_rates_are_converted_and_loud_samples_clipped(tmp_path: Path) -> None:
     folder = tmp_path / "loud"
     folder.mkdir()
@@ -91,9 +103,10 @@ def test_errors_name_the_mend(corpus: Path, tmp_path: Path) -> None:
     (folder / "samples.i16").write_bytes(content[:-2])
     with pytest.raises(FormatError, match="delete"):
         Waves.build(CLIPS, folder)
-    (folder / "index.json").write_text("{")
-    with pytest.raises(FormatError, match="damaged"):
-        Waves.build(CLIPS, folder)
+    for content in ("{", "{}", "[]", '{"identity": 1, "failed": [], "items": [[1, "a"]]}'):
+        (folder / "index.json").write_text(content)
+        with pytest.raises(FormatError, match="damaged"):
+            Waves.build(CLIPS, folder)
 
 
 class Level(nn.Module):

@@ -374,6 +374,10 @@ def cqt(wave: Tensor, sample_rate: int, *, lengths: Tensor | None = None, **sett
     InputError
         If settings or shapes do not fit.
     """
+    if "dtype" in settings:
+        raise InputError("the dtype is that of the wave: give a float64 wave for float64, or take CQT")
+    if wave.ndim == 1 and lengths is not None:
+        raise InputError("lengths are of the rows of a batch; cut a single wave")
     dtype = torch.float64 if wave.dtype == torch.float64 else torch.float32
     transform = _shared(wave.device, sample_rate, tuple(sorted({**settings, "dtype": dtype}.items())))
     return transform(wave[None])[0] if wave.ndim == 1 else transform(wave, lengths)

@@ -80,7 +80,8 @@ class EncodecConfig:
             normalize = bool(description.get("normalize", False))
         except (TypeError, ValueError, LookupError) as error:
             raise CheckpointError(f"the configuration of EnCodec is malformed ({error}); check config.json") from error
-        if books < 1 or (whole is None) != (step is None):
+        cut = whole is None or (whole > 0 and step is not None and overlap is not None and 0 <= overlap < 1)
+        if books < 1 or (whole is None) != (step is None) or not cut:
             raise CheckpointError(
                 f"target_bandwidths={rates}, chunk_length_s={seconds}, overlap={overlap}: they do not make an EnCodec; "
                 "check config.json"

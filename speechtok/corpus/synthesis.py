@@ -316,7 +316,7 @@ def _claim(out: Path, plan: str, keys: list[str], *, overwrite: bool) -> dict[st
             "to replace it"
         )
     if job is not None and overwrite:
-        for key in job["keys"]:
+        for key in {*job["keys"], *keys}:  # also what has come to lie where this job will write
             with suppress(OSError, FormatError):  # it never was, its name cannot be, or a link leads elsewhere
                 _target(out, key).unlink()
     elif job is not None and "files" in job:

@@ -122,7 +122,7 @@ def evaluate(
     ]
     rows += [_Row(f"Opus {bits / 1000:g} kbit/s", None, bits) for bits in opus]
     failed, unmeasured = {bad.path: bad.reason for bad in listing.rejected}, dict[str, dict[str, int]]()
-    used = 0
+    used, drawn = 0, False
     for used, (file, wave) in enumerate(_readable(files, rate, failed), 1):
         if used == 1:  # what is compiled or allocated once is no part of the speed
             codecs[-1].decode(codecs[-1].encode(wave, rate))
@@ -134,11 +134,14 @@ def evaluate(
         if picture is not None and (used == 1 if picture_of is None else file.key == picture_of):
             pieces = {name: version[: round(picture_seconds * rate)] for name, version in versions.items()}
             draw_spectrograms(pieces, rate, picture, title=file.key)
+            drawn = True
         on_event(Event("run", used, len(files)))
     if not used:
         raise InputError(
             f"{source}: no usable sound" + "".join(f"; the first file: {r}" for r in [*failed.values()][:1])
         )
+    if picture is not None and not drawn:
+        raise InputError(f"{picture_of!r} of {source} cannot be drawn: it could not be read; name another file")
     return {
         "tokenizer": tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
@@ -177,8 +180,6 @@ def _readable(files: Sequence[Utterance], rate: int, failed: dict[str, str]) -> 
     for file in files:
         try:
             wave = load(file.open(), rate)
-            if len(wave) == 0:
-                raise InputError(f"{file.path}: holds no sound")
         except SpeechtokError as error:
             failed[file.path] = str(error)
         else:

@@ -31,7 +31,7 @@ from speechtok.evaluation.probe_folds import LEVEL, Redrawn, grouped_folds
 from speechtok.evaluation.probe_heads import DROPOUT, INNER_FOLDS, PENALTIES, RATES, fit
 from speechtok.evaluation.probe_labels import TASKS, Labelled, Manifest, Task
 
-__all__ = ["FOLDS", "Problem", "compare", "score", "tasks_of"]
+__all__ = ["FOLDS", "Problem", "compare", "score", "tasks_of", "with_interval"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -175,6 +175,12 @@ def figures(predictions: Ints, problem: Problem, redrawn: Redrawn) -> dict[str, 
         "recalls": dict(zip(problem.classes, recalls.tolist(), strict=True)),
         "folds": [float(correct[problem.fold_of == fold].mean()) for fold in range(problem.folds)],
     }
+
+
+def with_interval(found: Mapping[str, Any], value: str = "accuracy", interval: str = "interval") -> str:
+    """One of `figures` in percent with its interval, for tables: ``61.2 [57.0, 65.1]``."""
+    low, high = found[interval]
+    return f"{100 * found[value]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def tasks_of(names: Sequence[str], label: str | None = None, group: str | None = None) -> list[Task]:

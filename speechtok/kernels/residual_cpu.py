@@ -50,7 +50,8 @@ def _subtract(residual, codes, first, second, ids, slack):  # type: ignore[no-un
         for k in range(residual.shape[1]):
             residual[i, k] -= codes[near, k]
         ids[i] = near
-        slack[i] = min(slack[i], (np.sqrt(b) - np.sqrt(a)) / 2)
+        half = (np.sqrt(b) - np.sqrt(a)) / 2
+        slack[i] = slack[i] if half >= slack[i] else half  # NaN stays NaN
 
 
 def encode_cpu(rows: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ about 1 to 4.6 are for speech. STOI and PESQ are computed by the packages pystoi
 import math
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -110,14 +111,17 @@ def multi_scale_mel_distance(
     return total
 
 
-def require_packages() -> tuple[Any, Any]:
-    """Give the modules pystoi and pesq; InputError if one is not installed."""
+def require_packages() -> None:
+    """Raise InputError if pystoi or pesq is not installed."""
+    for name in ("pystoi", "pesq"):
+        _package(name)
+
+
+def _package(name: str) -> Any:
     try:
-        import pesq
-        import pystoi
+        return import_module(name)
     except ImportError as error:
         raise InputError(f"STOI and PESQ need pystoi and pesq ({error}); install speechtok[eval]") from error
-    return pystoi, pesq
 
 
 def stoi(reference: Wave, estimate: Wave, sample_rate: int) -> float:
@@ -135,7 +139,7 @@ def stoi(reference: Wave, estimate: Wave, sample_rate: int) -> float:
         If less than 0.4 s of the reference is within 40 dB of its loudest part, or pystoi is not installed.
     """
     validate(reference, estimate)
-    pystoi, _ = require_packages()
+    pystoi = _package("pystoi")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Not enough STFT frames")  # it would return 1e-5
         try:
@@ -162,7 +166,7 @@ def pesq(reference: Wave, estimate: Wave, sample_rate: int) -> float:
         If no speech is found in a wave or it is shorter than 0.25 s, or pesq is not installed.
     """
     validate(reference, estimate)
-    _, package = require_packages()
+    package = _package("pesq")
     waves = [np.asarray(wave, np.float32) for wave in (reference, estimate)]
     if sample_rate != _PESQ_RATE:
         waves = [resample(wave, sample_rate, _PESQ_RATE) for wave in waves]

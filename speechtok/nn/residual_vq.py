@@ -240,9 +240,7 @@ class ResidualVQ(nn.Module):
             if self.training and self.books.missing():
                 self.books.collect(x.detach()[valid])
                 if self.books.missing():
-                    nothing = x.new_zeros(batch)
-                    ids = torch.zeros(batch, self.codebooks, frames, dtype=torch.int32, device=x.device)
-                    return VQOutput(x, ids, nothing, nothing, x.new_zeros(self.codebooks, self.codes))
+                    return self.passed(x)
             self._check_ready()
             order = torch.arange(self.codebooks, device=x.device)[:, None]
             uses = order < (self.codebooks if use is None else use.to(x.device))  # [K, B] or [K, 1]
@@ -250,6 +248,17 @@ class ResidualVQ(nn.Module):
             quantized, ids, commitment, codebook, counts = self.books(x, uses.expand(-1, batch), counted)
             weight = counted / counted.sum((0, 2)).clamp_min(1)[:, None]  # mean over frames and books in use
             return VQOutput(quantized, ids, (commitment * weight).sum((0, 2)), (codebook * weight).sum((0, 2)), counts)
+
+    def passed(self, x: Tensor) -> VQOutput:
+        """What a forward pass gives until the books have been started: frames float32 [B, T, D] as they are."""
+        batch, frames, _ = x.shape
+        ids = torch.zeros(batch, self.codebooks, frames, dtype=torch.int32, device=x.device)
+        return VQOutput(x, ids, x.new_zeros(batch), x.new_zeros(batch), x.new_zeros(self.codebooks, self.codes))
+
+    @property
+    def started(self) -> bool:
+        """Whether there are codes to be named."""
+        return not self.books.missing()
 
     # -- use --------------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,9 @@ class Balancer(nn.Module):
         self.register_buffer("seen", torch.zeros(len(weights)))
 
     def forward(self, losses: Mapping[str, Tensor], decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to differentiate in place of the losses.
+        """Balanced gradient with respect to `decoded`, which may also be a detached copy that requires a gradient.
+
+        The graph behind the losses is kept: losses of a discriminator may still be differentiated.
 
         Parameters
         ----------
@@ -56,27 +58,6 @@ class Balancer(nn.Module):
             Of each row, computed from `decoded`; any of those that have a weight.
         decoded : float32 [B, ...]
             Part of the graph.
-
-        Returns
-        -------
-        surrogate : float
-            Its gradient with respect to `decoded` is the balanced one. A sum over rows: divide it by the rows of the
-            step. Its value means nothing.
-        figures : dict of str to Tensor
-            See `gradient`.
-        """
-        balanced, figures = self.gradient(losses, decoded)
-        return (decoded * balanced).sum(), figures
-
-    def gradient(self, losses: Mapping[str, Tensor], decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Balanced gradient with respect to `decoded`, which may also be a detached copy that requires a gradient.
-
-        The graph behind the losses is kept: losses of a discriminator may still be differentiated.
-
-        Parameters
-        ----------
-        losses, decoded
-            As for a call.
 
         Returns
         -------

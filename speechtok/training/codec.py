@@ -29,6 +29,7 @@ from speechtok.training.waves import Waves
 
 __all__ = ["CodecObjective"]
 
+_JUDGED = ("judging", "adversarial", "feature", "norm_adversarial", "norm_feature")  # figures of the discriminator
 LOW_ENTROPY = 0.5  # of a codebook, as a share of log2 of its size: below, it collapses
 
 
@@ -94,13 +95,19 @@ class CodecObjective(nn.Module):
         Raises
         ------
         InputError
-            If the waves are not counted in the model's hops.
+            If the waves are not counted in the model's hops, or a crop is too short for the discriminator.
         """
         model, config = self.model, self.config
         if (waves.sample_rate, waves.hop) != (model.sample_rate, model.hop):
             raise InputError(
                 f"the waves have {waves.sample_rate} Hz and hops of {waves.hop} samples, the model "
                 f"{model.sample_rate} Hz and {model.hop}; build them for the model"
+            )
+        longest = max(config.discriminator_windows) if config.adversarial_from < 1 else 0
+        if training and crops[0].length * model.hop < longest:
+            raise InputError(
+                f"a crop of {crops[0].length * model.hop} samples is shorter than a window of the discriminator "
+                f"({longest}); give longer [data] crop_seconds"
             )
         pieces = [waves.cut(crop.item, crop.start, crop.length) for crop in crops]
         batch = {
@@ -149,7 +156,10 @@ class CodecObjective(nn.Module):
         self.quantizer.train(learning)
         with torch.set_grad_enabled(learning):
             frames = self.encoder(wave[:, None]).float().transpose(1, 2)
-            coded = self.quantizer(frames, valid_frames(batch["frames"], frames.shape[1]), batch["use"])
+            if self.training or self.quantizer.started:
+                coded = self.quantizer(frames, valid_frames(batch["frames"], frames.shape[1]), batch["use"])
+            else:  # an evaluation in the first steps: of encoder and decoder alone
+                coded = self.quantizer.passed(frames)
         decoded = self._decode(coded.quantized)
         figures = {"rows": torch.tensor(float(len(wave)), device=wave.device), "counts": coded.counts}
         quantizer_loss = config.commitment_weight * (coded.commitment + coded.codebook)
@@ -158,7 +168,7 @@ class CodecObjective(nn.Module):
             losses = self._reconstruction(decoded, wave)
             figures |= {name: value.sum() for name, value in losses.items()}
             figures["si_sdr"] = _si_sdr(wave, decoded).sum()
-            for books in self._watched():
+            for books in self._watched() if self.quantizer.started else ():
                 fewer = self._decode(self.quantizer.decode(coded.ids[:, :books]))
                 figures[f"mel_books{books}"] = self.mel(fewer, wave).sum()
             return (losses["mel"] + quantizer_loss).sum() / weight, figures
@@ -172,9 +182,9 @@ class CodecObjective(nn.Module):
             losses["adversarial"] = generator_loss(logits)
             losses["feature"] = feature_distance(real_features, features)
             judging = hinge_loss(real, logits).sum()
-            figures["judging"] = judging.detach()
+            figures |= {"judging": judging.detach(), "judged_rows": figures["rows"]}
         weighed = {name: value for name, value in losses.items() if name in self.balancer.weights}
-        balanced, norms = self.balancer.gradient(weighed, leaf)
+        balanced, norms = self.balancer(weighed, leaf)
         surrogate = (decoded * balanced).sum()
         figures |= {name: value.detach().sum() for name, value in losses.items()} | norms
         # The surrogate and the discriminator's loss are gradients only: the value is what is watched.
@@ -195,10 +205,18 @@ class CodecObjective(nn.Module):
         return [1 << power for power in range(self.config.codebooks.bit_length()) if 1 << power < self.config.codebooks]
 
     def summary(self, figures: dict[str, Tensor]) -> dict[str, float]:
-        """Means over rows, and perplexity, entropy and usage of every codebook."""
-        rows = float(figures["rows"])
-        means = {name: float(value) / rows for name, value in figures.items() if name not in ("rows", "counts")}
-        return means | codebook_use(figures["counts"]).as_dict()
+        """Means over rows, and perplexity, entropy and usage of every codebook once there are codes.
+
+        Figures of the discriminator are means over the rows that it has judged.
+        """
+        rows, counts = float(figures["rows"]), figures["counts"]
+        judged = float(figures.get("judged_rows", 0))
+        means = {
+            name: float(value) / (judged if name in _JUDGED else rows)
+            for name, value in figures.items()
+            if name not in ("rows", "counts", "judged_rows")
+        }
+        return means | (codebook_use(counts).as_dict() if bool(counts.any()) else {})
 
     def alarms(self, summary: dict[str, float]) -> list[str]:
         """Codebooks that collapse."""
@@ -207,7 +225,7 @@ class CodecObjective(nn.Module):
             f"codebook {name.removesuffix('_entropy').removeprefix('book')} collapses: its entropy is "
             f"{summary[name]:.0%} of the bits of a code"
             for name in names
-            if summary[name] < LOW_ENTROPY
+            if summary.get(name, 1.0) < LOW_ENTROPY
         ]
 
     def export(self, name: str) -> Tokenizer:

@@ -79,3 +79,5 @@ class CodecObjectiveConfig:
             raise InputError("[objective] gain_db is at least 0")
         if self.adversarial_from < 1 and self.adversarial_weight + self.feature_weight == 0:
             raise InputError("[objective] adversarial_from needs adversarial_weight or feature_weight")
+        if self.discriminator_filters < 1:
+            raise InputError("[objective] discriminator_filters is at least 1")

@@ -1,5 +1,6 @@
 """Steps of the shipped codec: training, table, card."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,15 +104,16 @@ def _table(job: Job, task: Task) -> Product:
             manifest, tokenizer, BOOKS, speech=speech, opus=OPUS, picture=picture,
             picture_of=None if shown is None else str(shown.with_suffix("")), on_event=job.on_event,
         )  # fmt: skip
-        tables.append(_told(table, data, name, every if speech else 1))
+        tables.append(_told(table, manifest, name, every if speech else 1))
         tables[-1]["decoder_fingerprint"] = tokenizer.decoder_fingerprint
     return Product((write_table(job.table("codec", MODEL), tables), *pictures))
 
 
-def _told(table: dict[str, Any], data: Path, name: str, every: int) -> dict[str, Any]:
+def _told(table: dict[str, Any], manifest: Path, name: str, every: int) -> dict[str, Any]:
     """A table that names its files as the data do, wherever they lie."""
-    root = data.resolve()
-    failed = {str(Path(path).relative_to(root)): why.replace(f"{root}/", "") for path, why in table["failed"].items()}
+    lines = map(json.loads, manifest.read_text().splitlines())
+    names = {line["path"]: line["key"] + Path(line["path"]).suffix for line in lines}
+    failed = {names[path]: why.replace(path, names[path]) for path, why in table["failed"].items()}
     limit = "all files" if every == 1 else f"one of every {every} files"
     return table | {"data": name, "failed": failed, "conventions": table["conventions"] | {"limit": limit}}
 

@@ -105,6 +105,7 @@ def read_waves(
 
 def save_codec(tokenizer: Tokenizer, folder: Path) -> Path:
     """Write a trained codec in the place of what an earlier end of the same run left."""
-    for old in ("tokenizer.json", "encoder.safetensors", "quantizer.safetensors", "decoder.safetensors"):
-        (folder / old).unlink(missing_ok=True)
-    return tokenizer.save(folder)
+    with one_at_a_time(folder.parent):
+        for old in ("tokenizer.json", "encoder.safetensors", "quantizer.safetensors", "decoder.safetensors"):
+            (folder / old).unlink(missing_ok=True)
+        return tokenizer.save(folder)

@@ -122,7 +122,7 @@ def encoder_step(job: Job, training: Training, given: Path | None) -> Step:
             if not (given / file).is_file():
                 raise InputError(f"{given} holds no {file}; give the folder '{training.folder}' of a finished run")
         expects = {file: file_hash(given / file) for file in training.weights}
-        if _run_facts(given)["config"] != training.config:
+        if not _by_recipe(training, given):
             settings, data = {"given": ", ".join(expects.values())}, {}
     needs = () if training.beginning is None else (training.beginning.step,)
     build = partial(_encoder, job, training, given)
@@ -155,6 +155,27 @@ def _encoder(job: Job, training: Training, given: Path | None, task: Task) -> Pr
     return product if training.ship is None else training.ship(product)
 
 
+def _by_recipe(training: Training, given: Path) -> bool:
+    """Whether this is what a run by the recipe ended with, as far as the files beside it say.
+
+    Raises
+    ------
+    InputError
+        If the run is not at its end: what lies in its folder is not what the recipe makes.
+    """
+    facts = _run_facts(given)
+    if facts["config"] != training.config:
+        return False
+    if facts.get("steps", training.recipe.run.steps) != training.recipe.run.steps or (
+        given.name != training.folder and (given.parent / CONFIG).is_file()
+    ):
+        raise InputError(
+            f"{given} is not the end of a run of {training.recipe.run.steps} steps; finish the run and give its folder "
+            f"'{training.folder}'"
+        )
+    return True
+
+
 def _beside(folder: Path, name: str) -> Path | None:
     """A file of the run that a trained folder belongs to."""
     return next((path for path in (folder.parent / name, folder / name) if path.is_file()), None)
@@ -180,7 +201,7 @@ def _check_beginning(training: Training, given: Path, beginning: Beginning, firs
     A run without a recipe may have begun with anything: nothing is claimed of it.
     """
     path = _beside(given, BEGINNING)
-    if path is None or _run_facts(given)["config"] != training.config:
+    if path is None or not _by_recipe(training, given):
         return
     try:
         begun = json.loads(path.read_text())[beginning.entry]
@@ -189,7 +210,7 @@ def _check_beginning(training: Training, given: Path, beginning: Beginning, firs
     if begun != beginning.identity(first):
         raise InputError(
             f"{given} was trained from another {beginning.what} than that of step {beginning.step}; train it anew from "
-            f"{first.files[0].parent}, or do not give it and have it trained here"
+            "that one, or do not give it and have it trained here"
         )
 
 

@@ -113,10 +113,7 @@ def store(
     identity = {"files": [[utterance.key, utterance.size] for utterance in listing.utterances], **settings}
     index, path = folder / INDEX, folder / file
     if index.exists():
-        try:
-            found = json.loads(index.read_text())
-        except ValueError as error:
-            raise FormatError(f"{index} is damaged ({error}); delete {folder}") from error
+        found = _read(index)
         if found["identity"] == identity:
             return _open(path, found, dtype, dim)
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,13 +131,17 @@ def store(
             on_event(Event("read", min(done + 1, len(listing.utterances)), len(listing.utterances)))
     failed = [entry.error for entry in decoder.sources if entry.error is not None]
     failed += [bad.reason for bad in listing.rejected]
-    if total == 0:
+    # In the order of the corpus, whatever order the decoding threads took. Of a file that fails late nothing counts.
+    whole = [
+        list(place) for (number, *_), place in sorted(pieces.items())
+        if place[1] > 0 and decoder.sources[number].error is None
+    ]  # fmt: skip
+    if not whole:
         hint = f"; the first unusable file: {failed[0]}" if failed else ""
         raise InputError(f"{source}: no usable sound{hint}")
     known: dict[str, Any] = {
         "identity": identity,
-        # In the order of the corpus, whatever order the decoding threads took.
-        "items": [list(place) for _, place in sorted(pieces.items()) if place[1] > 0],
+        "items": whole,
         **facts(),
         "failed": failed,
     }
@@ -154,13 +155,24 @@ def _open(
     path: Path, known: dict[str, Any], dtype: DTypeLike, dim: int
 ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64], dict[str, Any]]:
     items = np.array(known["items"], np.int64).reshape(-1, 2)
-    size = int(items[:, 1].sum()) * dim * np.dtype(dtype).itemsize
-    if not path.exists() or path.stat().st_size != size:
-        raise FormatError(f"{path} is not the {size} bytes that its index says; delete {path.parent} and start again")
-    return np.memmap(path, dtype, "r").reshape(-1, dim), items[:, 0], items[:, 1], known
+    count = int(items.sum(1).max())
+    size = count * dim * np.dtype(dtype).itemsize
+    if not path.exists() or path.stat().st_size < size:
+        raise FormatError(f"{path} has not the {size} bytes that its index says; delete {path.parent} and start again")
+    return np.memmap(path, dtype, "r", shape=(count, dim)), items[:, 0], items[:, 1], known
+
+
+def _read(index: Path) -> dict[str, Any]:
+    try:
+        known: dict[str, Any] = json.loads(index.read_text())
+        known["identity"], known["failed"]
+        np.array(known["items"], np.int64).reshape(-1, 2)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{index} is damaged ({error!r}); delete {index.parent}") from error
+    return known
 
 
 def identity_of(folder: Path) -> str:
     """Hash of what a folder of `store` was made of: names and sizes of the files, and the settings."""
-    known = json.loads((folder / INDEX).read_text())["identity"]
+    known = _read(folder / INDEX)["identity"]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

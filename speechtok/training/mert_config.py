@@ -94,17 +94,21 @@ class MertConfig:
             )
         if self.acoustic_weight == self.cqt_weight == 0:
             raise InputError("acoustic_weight and cqt_weight are 0: nothing would be learned")
-        if self.books < 0 or self.final_dim < 1 or self.temperature <= 0:
+        if self.books < 0 or self.final_dim < 1 or not 0 < self.temperature < float("inf"):
             raise InputError("books must be at least 0, final_dim at least 1 and temperature positive")
-        if min(self.cqt_bins, self.cqt_bins_per_octave) < 1 or self.cqt_fmin <= 0:
+        if min(self.cqt_bins, self.cqt_bins_per_octave) < 1 or not 0 < self.cqt_fmin < float("inf"):
             raise InputError("cqt_bins and cqt_bins_per_octave must be at least 1, cqt_fmin positive")
         if not (0 < self.mask_probability <= 1 and self.mask_span >= 1):
             raise InputError("mask_probability must be in (0, 1] and mask_span at least 1")
         if not (0 <= self.dropout < 1 and 0 <= self.layerdrop < 1 and 0 <= self.mixture_probability <= 1):
             raise InputError("dropout and layerdrop must be in [0, 1), mixture_probability in [0, 1]")
         low, high = self.mixture_seconds
-        if not (0 < low <= high < float("inf") and self.mixture_segments >= 1):
-            raise InputError("mixture_seconds are a shortest and a longest piece, mixture_segments at least 1")
+        if not (
+            0 < low <= high < float("inf") and self.mixture_segments >= 1 and 0 <= self.mixture_gain < float("inf")
+        ):
+            raise InputError(
+                "mixture_seconds are a shortest and a longest piece; mixture_segments is at least 1, mixture_gain 0"
+            )
         if not 1 <= self.attention_relaxation < float("inf"):
             raise InputError(f"attention_relaxation {self.attention_relaxation}: give 1 (off) or more, published is 32")
         if self.sigma_reparam and self.identity_init:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from speechtok.errors import FormatError
+from speechtok.evaluation.probe import with_interval
 from speechtok.tokenizer import Tokenizer
 from speechtok.training.cards import Corpus, Origin, describe_encoder, frame_delay, markdown_table, weights_size
 from speechtok.training.codec_card import describe_heard
@@ -146,11 +147,6 @@ def _title(task: str) -> str:
     return task.replace("_", " ")
 
 
-def _with_interval(figures: Mapping[str, Any], value: str, interval: str) -> str:
-    low, high = figures[interval]
-    return f"{100 * figures[value]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
 def _measured(tables: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> str:
     how, first = tables[0]["conventions"], tables[0]["tokenizer"]
     parts = [
@@ -166,9 +162,9 @@ def _measured(tables: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -
         about, rows = some[0], list[list[str]]()
         for table in some:
             chosen = table["chosen"]
-            rows.append([table["tokenizer"], *(_with_interval(chosen, *one) for one in both)])
-            rows[-1].append("-" if table is about else _with_interval(chosen["difference"], "accuracy", "interval"))
-        rows.append(["always the most frequent", *(_with_interval(about["majority"], *one) for one in both), "-"])
+            rows.append([table["tokenizer"], *(with_interval(chosen, *one) for one in both)])
+            rows[-1].append("-" if table is about else with_interval(chosen["difference"], "accuracy", "interval"))
+        rows.append(["always the most frequent", *(with_interval(about["majority"], *one) for one in both), "-"])
         left_out = ", ".join(f"{name} ({found['items']})" for name, found in about["left_out"].items())
         without = f"; left out, since only one instrument has them: {left_out}" if left_out else ""
         parts += [
@@ -179,7 +175,7 @@ def _measured(tables: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -
         ]
     layers = list(own[0]["layers"])
     cells = [
-        [_title(table["task"]), *(_with_interval(table["layers"][layer], "accuracy", "interval") for layer in layers)]
+        [_title(table["task"]), *(with_interval(table["layers"][layer], "accuracy", "interval") for layer in layers)]
         for table in own
     ]
     parts += [

@@ -20,6 +20,7 @@ from speechtok.training.music_card import write_card
 __all__ = ["steps"]
 
 MODEL, ENCODER, LAYER = "mert-mini", "mert-mini-encoder", "mert-mini-layer"
+TEACHER = "mert-mini-teacher"
 PROBES = "probe_notes"
 NOTES = splits.MUSIC[1]
 CHOOSING = ("pitch_class", "instrument_family")  # tasks that choose the layer
@@ -42,6 +43,7 @@ def steps(job: Job, given: Path | None, *, teacher: str, base: str) -> list[Step
         Tokenizer that it is compared with, a step too.
     """
     return [
+        _teacher_step(job, teacher),
         encoder_step(job, _training(job, teacher), given),
         _layer_step(job),
         _units_step(job),
@@ -62,6 +64,16 @@ def _heard(job: Job) -> dict[str, str]:
     return {"music": splits.fingerprint(job.places.data, _music(job, "train"))}
 
 
+def _teacher_step(job: Job, teacher: str) -> Step:
+    """What of the codec teaches: its units. Another decoder or picture of it concerns no encoder."""
+
+    def identity(task: Task) -> Product:
+        folder = task.needs[teacher].file("tokenizer.json").parent
+        return Product((), {"fingerprint": Tokenizer.load(folder).fingerprint})
+
+    return Step(TEACHER, "identity", identity, (teacher,))
+
+
 def _training(job: Job, teacher: str) -> Training:
     def train(run: Path, first: Product | None) -> None:
         pretrain_mert(
@@ -69,10 +81,7 @@ def _training(job: Job, teacher: str) -> Training:
             held_out=_manifest(job, "valid"), device=job.device, on_event=job.on_event,
         )  # fmt: skip
 
-    def identity(product: Product) -> str:
-        return Tokenizer.load(product.file("tokenizer.json").parent).fingerprint
-
-    beginning = Beginning(teacher, "teacher", "codec", identity)
+    beginning = Beginning(TEACHER, "teacher", "codec", lambda product: str(product.facts["fingerprint"]))
     return Training(ENCODER, job.choices.mert_recipe, job.mert_recipe, train, _heard(job), beginning)
 
 
