@@ -176,6 +176,9 @@ def _recipe(origin: Origin, command: str) -> str:
         figures = [f"mel loss {held_out['mel']:.3f}"] if "mel" in held_out else []
         figures += [f"{value:.3f} with {count} of the codebooks" for count, value in sorted(fewer, reverse=True)]
         figures += [f"SI-SDR {held_out['si_sdr']:.2f} dB"] if "si_sdr" in held_out else []
+        shares = [100 * x for name, x in held_out.items() if name.startswith("book") and name.endswith("_entropy")]
+        if shares:
+            figures.append(f"entropy of the codebooks {min(shares):.1f} to {max(shares):.1f} % of the bits of a code")
         if figures:
             parts.append(f"Held-out sound (dev) at step {held_out['step']:,}: {', '.join(figures)}.")
     parts.append(f"To make it again: `{command}`.")
