@@ -45,7 +45,7 @@ def torchrun() -> Callable[[str], None]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         whole = [sys.executable, "-m", *command, f"from pathlib import Path; {code}"]
         done = subprocess.run(whole, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-8000:]
 
     return run
 

@@ -276,9 +276,13 @@ def _open(folder: Path, recipe: Recipe) -> Run:
     wanted = json.loads(json.dumps(recipe.as_dict()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if config.exists() and json.loads(config.read_text()) != wanted:
+        if not config.exists():
+            # Put in place at once: the other processes of the run may be reading it.
+            partial = folder / f".{CONFIG}-{os.getpid()}"
+            partial.write_text(json.dumps(wanted, indent=2) + "\n")
+            partial.replace(config)
+        elif json.loads(config.read_text()) != wanted:
             raise OutputError(f"{folder} holds a run of another recipe; choose another folder or delete it")
-        config.write_text(json.dumps(wanted, indent=2) + "\n")
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         history = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
