@@ -113,7 +113,7 @@ def _told(table: dict[str, Any], manifest: Path, name: str, every: int) -> dict[
     """A table that names its files as the data do, wherever they lie."""
     lines = map(json.loads, manifest.read_text().splitlines())
     names = {line["path"]: line["key"] + Path(line["path"]).suffix for line in lines}
-    failed = {names[path]: why.replace(path, names[path]) for path, why in table["failed"].items()}
+    failed = {names.get(path, path): why.replace(path, names.get(path, path)) for path, why in table["failed"].items()}
     limit = "all files" if every == 1 else f"one of every {every} files"
     return table | {"data": name, "failed": failed, "conventions": table["conventions"] | {"limit": limit}}
 

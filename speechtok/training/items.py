@@ -6,6 +6,7 @@ What `Mels` and `Waves` share.
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ _PIECE = WindowRule(max_seconds=60.0, context_seconds=0.0)  # longer files becom
 
 
 @dataclass(frozen=True)
-class Items:
+class Items(ABC):
     """Items of a corpus: pieces of files of at most a minute.
 
     Parameters
@@ -43,9 +44,9 @@ class Items:
     lengths: NDArray[np.int64]
 
     @property
+    @abstractmethod
     def rate(self) -> float:
         """Frames per second."""
-        raise NotImplementedError
 
     @property
     def hours(self) -> float:
