@@ -74,7 +74,7 @@ def write_card(
         "## Measured quality",
         _measured(tables, own),
         "## Limits",
-        _limits(data),
+        _limits(tokenizer, data),
     ]
     path = folder / "README.md"
     path.write_text("\n\n".join(parts) + "\n")
@@ -186,12 +186,19 @@ def _measured(tables: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -
     return "\n\n".join(parts)
 
 
-def _limits(data: Sequence[Corpus]) -> str:
+def _limits(tokenizer: Tokenizer, data: Sequence[Corpus]) -> str:
     hours = sum(corpus.hours for corpus in data)
+    heard = (
+        "What the frames tell of pitch class is in the constant-Q input, and hardly more of it is learned: an encoder "
+        "before its first step tells as much (docs/measurements.md). "
+        if tokenizer.encoder.config.feature_extractor_cqt
+        else ""
+    )
     return (
         f"This is a small model from {hours:.1f} h of music and single notes, meant for study, tests and small "
         "devices; published models have heard up to 160,000 h. The music is mostly that of games, lo-fi and chiptune, "
         "with some wind bands and few vocals, and nearly all of it had been through a lossy codec before. Pitched "
-        "notes are of few instruments, so intervals are wide. Frames were measured, units were not, and only on single "
-        "sounds: neither melody, chords nor speech. There is no way back from these units to sound; a codec has one."
+        f"notes are of few instruments, so intervals are wide. {heard}Frames were measured, units were not, and only "
+        "on single sounds: neither melody, chords nor speech. There is no way back from these units to sound; a codec "
+        "has one."
     )
