@@ -298,7 +298,7 @@ def run_gan(folder: Path, steps: int = 6, **changes) -> list[dict]:
     torch.manual_seed(0)
     config = RunConfig(steps, precision="float32", log_every=1, evaluate_every=steps, checkpoint_every=3)
     data, optimizer = DataConfig(crop_seconds=(0.32,), batch_seconds=2.56), OptimizerConfig(learning_rate=3e-3)
-    waves = Waves.build(CLIPS, folder.parent / f"waves-{folder.name}")
+    waves = Waves.build(CLIPS, folder.parent / "waves")  # the processes of a run only read what the run alone has made
     run = train(Gan(), Recipe("gan", {}, {}, config, data, optimizer), waves, folder, held_out=waves, **changes)
     return [line for line in run.history if line["split"] == "train"]
 
