@@ -108,9 +108,7 @@ def through_mp3(wave: Wave, sample_rate: int, bitrate: float) -> Wave:
     if len(decoded) == len(wave):
         return decoded
     if len(decoded) < len(wave) + _MP3_DELAY:
-        raise AudioError(
-            f"{len(wave)} samples came back from MP3 as {len(decoded)}; libsndfile does not keep time"
-        )
+        raise AudioError(f"{len(wave)} samples came back from MP3 as {len(decoded)}; libsndfile does not keep time")
     return decoded[_MP3_DELAY : _MP3_DELAY + len(wave)]
 
 
