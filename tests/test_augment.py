@@ -106,7 +106,7 @@ def test_time_stretch_of_any_length_is_librosas(length, rate):
 
 
 @pytest.mark.parametrize("rate", [0.8, 0.9, 1.1, 1.2])
-@pytest.mark.parametrize("hertz", [220.0, 1234.5, 5000.0])
+@pytest.mark.parametrize("hertz", [440.0, 1234.5, 5000.0])
 def test_time_stretch_changes_length_and_not_pitch(rate, hertz):
     wave = tone(hertz)
     out = time_stretch(wave, rate)

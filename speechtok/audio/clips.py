@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from speechtok.audio.decode import AUDIO_EXTENSIONS, load
+from speechtok.audio.decode import load
+from speechtok.audio.extensions import AUDIO_EXTENSIONS
 from speechtok.errors import InputError
 
 __all__ = ["SPLITS", "ClipSource", "FileClips", "Report", "Wave", "clips_below", "clips_of_split"]

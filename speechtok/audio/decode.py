@@ -19,12 +19,7 @@ from speechtok.audio.resample import MAX_RATE, MIN_RATE, Resampler
 from speechtok.audio.wav import read_header
 from speechtok.errors import AudioError
 
-__all__ = ["AUDIO_EXTENSIONS", "AudioFile", "as_mono", "as_sound", "load", "resampled"]
-
-# Names of sound files; a folder is searched for these.
-AUDIO_EXTENSIONS = frozenset(
-    (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".w64", ".caf", ".rf64", ".sph")
-)
+__all__ = ["AudioFile", "as_mono", "as_sound", "load", "resampled"]
 
 # Beyond any integer scale that could pass for audio; larger values overflow power spectra.
 _MAX_AMPLITUDE = 1e6

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from speechtok.audio.decode import AUDIO_EXTENSIONS
+from speechtok.audio.extensions import AUDIO_EXTENSIONS
 from speechtok.errors import AudioError, InputError
 
 __all__ = ["Listing", "Rejected", "Rows", "Utterance", "assign_keys", "scan"]
