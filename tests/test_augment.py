@@ -1,4 +1,4 @@
-"""The four augmentation families against librosa, scipy and sounds whose answer is known."""
+"""Augmentation: stretch, pitch, rooms and noise against librosa, scipy and known answers; draws, strengths, folders."""
 
 import json
 import math
@@ -12,18 +12,23 @@ from hypothesis import strategies as st
 from scipy.signal import fftconvolve
 
 from speechtok.audio.augment import (
+    DEGRADATIONS,
     FAMILIES,
+    STRENGTHS,
     AugmentResources,
     augment,
     augment_with_report,
-    direct_path,
     generator_for,
-    mix_at_snr,
-    reverberate,
 )
 from speechtok.audio.clips import FileClips, clips_of_split
+from speechtok.audio.decode import load
+from speechtok.audio.degrade import band_pass, clip_peaks, through_rate
+from speechtok.audio.lossy import through_codec
+from speechtok.audio.mixing import amplify, direct_path, mix_at_snr, reverberate
+from speechtok.audio.rooms import SimulatedRooms
 from speechtok.audio.stretch import pitch_shift, time_stretch
 from speechtok.errors import AudioError, InputError
+from tests.conftest import ROOT
 
 RATE = 16000
 
@@ -101,7 +106,7 @@ def test_time_stretch_of_any_length_is_librosas(length, rate):
 
 
 @pytest.mark.parametrize("rate", [0.8, 0.9, 1.1, 1.2])
-@pytest.mark.parametrize("hertz", [220.0, 1234.5, 5000.0])
+@pytest.mark.parametrize("hertz", [440.0, 1234.5, 5000.0])
 def test_time_stretch_changes_length_and_not_pitch(rate, hertz):
     wave = tone(hertz)
     out = time_stretch(wave, rate)
@@ -291,8 +296,8 @@ def test_draws_do_not_depend_on_order_or_wave(clip_wave):
 def test_draws_fill_their_ranges():
     wave = tone(200.0, 0.05)
     for family, field, low, high in (
-        ("time_stretch", "rate", 0.8, 1.2),
-        ("pitch_shift", "semitones", -4.0, 4.0),
+        ("stretch", "rate", 0.8, 1.2),
+        ("pitch", "semitones", -4.0, 4.0),
         ("noise", "snr_db", 5.0, 15.0),
     ):
         values = np.array(
@@ -320,7 +325,7 @@ def test_short_waves(family, length):
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, length).astype(np.float32)
     out, report = augment_with_report(wave, RATE, family, "a", resources=RESOURCES)
     assert out.dtype == np.float32 and np.isfinite(out).all()
-    assert len(out) == (max(1, round(length / report["rate"])) if family == "time_stretch" else length)
+    assert len(out) == (max(1, round(length / report["rate"])) if family == "stretch" else length)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -340,7 +345,7 @@ def test_inputs_that_are_refused_or_left_alone(family, clip_wave):
     assert np.abs(augment(whole, RATE, family, "a", resources=RESOURCES) - from_float).max() < 1e-3
 
 
-@pytest.mark.parametrize("family", ["time_stretch", "pitch_shift", "reverb"])
+@pytest.mark.parametrize("family", ["stretch", "pitch", "reverb"])
 def test_silence_stays_silent(family):
     assert not augment(np.zeros(5000, np.float32), RATE, family, "a", resources=RESOURCES).any()
 
@@ -348,8 +353,8 @@ def test_silence_stays_silent(family):
 def test_what_is_missing_or_unknown_is_refused(clip_wave):
     for family in ("noise", "reverb"):
         with pytest.raises(AudioError, match=f"{family} needs"):
-            augment(clip_wave, RATE, family, "a")
-    with pytest.raises(InputError, match="one of time_stretch"):
+            augment(clip_wave, RATE, family, "a", resources=AugmentResources())
+    with pytest.raises(InputError, match="one of stretch"):
         augment(clip_wave, RATE, "echo", "a")
     for rate in (0.0, -1.0, 9.0, math.nan, math.inf):
         with pytest.raises(AudioError, match="rate="):
@@ -357,6 +362,101 @@ def test_what_is_missing_or_unknown_is_refused(clip_wave):
     for semitones in (25.0, math.nan):
         with pytest.raises(AudioError, match="semitones="):
             pitch_shift(clip_wave, semitones)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# degradations, strengths, compositions
+
+
+def test_degradations_draw_these_for_ever():
+    wave = tone(200.0, 0.1)
+    drawn = {name: augment_with_report(wave, RATE, name, "utt-1", 3, RESOURCES)[1] for name in DEGRADATIONS}
+    assert drawn == {
+        "gain": {"gain_db": pytest.approx(7.184025367400842)},
+        "resample": {"sample_rate": 6000.0},
+        "codec": {"codec": "opus", "bitrate": 8000.0},
+        "band_limit": {"low_hz": pytest.approx(205.7682704857089), "high_hz": pytest.approx(3203.728710971888)},
+        "clip": {"over_db": pytest.approx(7.23873460422613)},
+    }
+
+
+def test_degradations_do_what_they_report(clip_wave):
+    for key in ("a", "b", "c"):
+        results = {name: augment_with_report(clip_wave, RATE, name, key) for name in DEGRADATIONS}
+        report = {name: facts for name, (_, facts) in results.items()}
+        expected = {
+            "gain": amplify(clip_wave, report["gain"]["gain_db"]),
+            "resample": through_rate(clip_wave, RATE, int(report["resample"]["sample_rate"])),
+            "codec": through_codec(clip_wave, RATE, report["codec"]["codec"], report["codec"]["bitrate"]),
+            "band_limit": band_pass(clip_wave, RATE, report["band_limit"]["low_hz"], report["band_limit"]["high_hz"]),
+            "clip": clip_peaks(clip_wave, report["clip"]["over_db"]),
+        }
+        for name, (wave, _) in results.items():
+            assert np.array_equal(wave, expected[name])
+
+
+def test_a_lower_rate_than_any_that_is_drawn_changes_nothing():
+    wave = tone(200.0, 0.1)[:800]
+    for key in map(str, range(8)):
+        out, report = augment_with_report(wave, 5000, "resample", key)
+        assert report == {"sample_rate": 5000.0} and np.array_equal(out, wave)
+
+
+@pytest.mark.parametrize(
+    ("family", "strength"),
+    [
+        ("stretch", 0.9), ("pitch", 1.5), ("reverb", 0.35), ("noise", -2.5), ("gain", 3.0), ("resample", 7350.0),
+        ("codec", 12000.0), ("band_limit", 3300.0), ("clip", 9.0),
+    ],
+)  # fmt: skip
+def test_strength_is_fixed_and_all_else_drawn(family, strength, clip_wave):
+    """What is drawn besides the strength is that of the plain call; so curves compare the same rooms and noises."""
+    entry = STRENGTHS[family].entry
+    wave = clip_wave[:16000]
+    for key in ("a", "b"):
+        drawn = augment_with_report(wave, RATE, family, key)[1]
+        out, report = augment_with_report(wave, RATE, family, key, strength=strength)
+        assert report == drawn | {entry: strength}
+        assert STRENGTHS[family].low <= drawn[entry] <= STRENGTHS[family].high
+        again = augment(wave, RATE, family, key, strength=drawn[entry])
+        assert np.array_equal(again, augment(wave, RATE, family, key)) and not np.array_equal(again, out)
+
+
+def test_strength_of_noise_is_the_ratio(clip_wave):
+    for strength in (0.0, 20.0):
+        for legacy in (False, True):
+            resources = AugmentResources.default(legacy)
+            out, report = augment_with_report(clip_wave, RATE, "noise", "a", 0, resources, strength)
+            ratio = 20 * math.log10(np.linalg.norm(clip_wave) / np.linalg.norm(out - clip_wave))
+            assert ratio == pytest.approx(strength / (2 if legacy else 1), abs=0.01)
+            assert report["snr_db"] == strength / (2 if legacy else 1)
+
+
+def test_strengths_that_are_refused(clip_wave):
+    with pytest.raises(InputError, match="measured responses"):
+        augment(clip_wave, RATE, "reverb", "a", resources=RESOURCES, strength=0.5)
+    for family, strength in (("noise", math.nan), ("reverb+noise", 3.0)):
+        with pytest.raises(InputError, match="a finite number for a single family"):
+            augment(clip_wave, RATE, family, "a", strength=strength)
+    for family, strength in (("stretch", 9.0), ("pitch", 30.0), ("reverb", 3.0), ("resample", 16001.0), ("clip", -1.0)):
+        with pytest.raises(AudioError, match=f"{strength:g}"):
+            augment(clip_wave, RATE, family, "a", strength=strength)
+
+
+def test_compositions_are_one_after_the_other(clip_wave):
+    wave = clip_wave[:16000]
+    out, report = augment_with_report(wave, RATE, "reverb+noise+codec", "a", 5)
+    expected, facts = wave, {}
+    for name in ("reverb", "noise", "codec"):
+        expected, found = augment_with_report(expected, RATE, name, "a", 5)
+        facts |= {f"{name}.{entry}": value for entry, value in found.items()}
+    assert np.array_equal(out, expected) and report == facts
+    assert not np.array_equal(out, augment(wave, RATE, "noise+reverb+codec", "a", 5))
+    # Noise fits what it is added to, also where the length changed before.
+    assert len(augment(wave, RATE, "stretch+noise", "a", strength=None)) != len(wave)
+    for wrong, message in (("reverb+echo", "one of stretch"), ("", "one of stretch"), ("noise+noise", "once")):
+        with pytest.raises(InputError, match=message):
+            augment(wave, RATE, wrong, "a")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,3 +564,76 @@ def test_generators_are_told_apart():
         for key, family, seed in (("a", "noise", 0), ("a", "noise", 1), ("b", "noise", 0), ("a", "reverb", 0))
     }
     assert len(values) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# without a data folder, or with any
+
+
+def test_defaults_need_no_folder(clip_wave):
+    drawn = set()
+    for key in map(str, range(60)):
+        out, report = augment_with_report(clip_wave, RATE, "noise", key)
+        assert out.shape == clip_wave.shape
+        drawn.add(report["clip"])
+    shipped = ROOT / "assets" / "noise"
+    rows = [json.loads(line) for line in (shipped / "metadata.jsonl").read_text().splitlines()]
+    assert drawn == {row["path"] for row in rows} == {path.name for path in shipped.glob("*.opus")}
+    assert 8 <= len(rows) <= 12 and sum(path.stat().st_size for path in shipped.iterdir()) < 300_000
+    for row in rows:
+        assert row["licence"] == "CC0 1.0" and row["author"] and row["source_path"]
+        clip = load(shipped / row["path"], 24000)
+        assert len(clip) == 24000 * row["duration_s"] and 3 <= row["duration_s"] <= 5
+        # No second of it is silent.
+        assert min(np.std(clip[begin : begin + 24000]) for begin in range(0, len(clip), 24000)) > 1e-3
+    report = augment_with_report(clip_wave, RATE, "reverb", "a")[1]
+    assert 0.1 <= report["rt60"] <= 1.0
+    assert AugmentResources.default().noises is AugmentResources.from_folders().noises  # decoded once
+
+
+def test_folders_with_a_listing_give_a_split(folder, clip_wave):
+    resources = AugmentResources.from_folders(folder / "noise", folder / "rir", "train")
+    other = AugmentResources.from_folder(folder, "train")
+    for family in ("noise", "reverb"):
+        for key in "abc":
+            assert np.array_equal(
+                augment(clip_wave, RATE, family, key, resources=resources),
+                augment(clip_wave, RATE, family, key, resources=other),
+            )
+    with pytest.raises(InputError, match=r"rir.metadata.jsonl names no file of split 'valid'"):
+        AugmentResources.from_folders(rooms=folder / "rir", split="valid")
+    with pytest.raises(InputError, match="one of train"):
+        AugmentResources.from_folders(noise=folder / "noise", split="dev")
+
+
+def test_folders_without_a_listing_are_searched(folder, tmp_path, clip_wave):
+    bare = tmp_path / "bare"
+    for name, source in (("b/2.FLAC", "noise/0.flac"), ("1.flac", "noise/1.flac"), ("a/b/3.flac", "noise/2.flac")):
+        (bare / name).parent.mkdir(parents=True, exist_ok=True)
+        (bare / name).write_bytes((folder / source).read_bytes())
+    (bare / "notes.txt").write_text("not a sound")
+    resources = AugmentResources.from_folders(noise=bare)
+    drawn = [augment_with_report(clip_wave, RATE, "noise", str(i), resources=resources)[1]["clip"] for i in range(30)]
+    assert set(drawn) == {"1.flac", "a/b/3.flac", "b/2.FLAC"}
+    assert isinstance(resources.rooms, SimulatedRooms)
+    (bare / "a" / "b" / "3.flac").write_bytes(b"no sound at all")
+    broken = AugmentResources.from_folders(noise=bare)
+    with pytest.raises(AudioError, match=r"3\.flac: cannot be decoded"):
+        augment(clip_wave, RATE, "noise", str(drawn.index("a/b/3.flac")), resources=broken)
+
+
+def test_folders_that_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, message in (("empty", "empty holds no sound file"), ("nowhere", "nowhere is no folder")):
+        with pytest.raises(InputError, match=message):
+            AugmentResources.from_folders(noise=tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            AugmentResources.from_folders(rooms=tmp_path / name)
+
+
+def test_only_so_much_is_kept(folder, monkeypatch):
+    monkeypatch.setattr("speechtok.audio.clips._KEPT_SAMPLES", 16000)
+    noises = clips_of_split(folder / "noise", "train")
+    drawn = [noises.draw(np.random.default_rng(seed), RATE) for seed in range(20)]
+    kept = {facts["clip"] for clip, facts in drawn if clip is noises._cache.get((facts["clip"], RATE))}
+    assert len(kept) == 1 and len({facts["clip"] for _, facts in drawn}) > 1

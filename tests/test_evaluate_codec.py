@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import speechtok
 from speechtok.audio.decode import load
+from speechtok.audio.lossy import packet_sizes, through_opus
 from speechtok.codecs.seanet import SeanetWaves
 from speechtok.encoders.seanet import SeanetFrames
 from speechtok.errors import FormatError, InputError, OutputError
 from speechtok.evaluation.codec import evaluate
-from speechtok.evaluation.opus import packet_sizes, through_opus
 from speechtok.evaluation.spectrograms import draw_spectrograms
 from speechtok.frames import FrameGrid
 from speechtok.nn.seanet import SeanetConfig

@@ -21,7 +21,8 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from speechtok.corpus.sources import AUDIO_EXTENSIONS, assign_keys, key_problem, normalise, scan
+from speechtok.audio.extensions import AUDIO_EXTENSIONS
+from speechtok.corpus.sources import assign_keys, key_problem, normalise, scan
 from speechtok.errors import AudioError, InputError, SpeechtokError
 
 SUFFIXES = [".tsv", ".scp", ".jsonl", ".parquet", ".tar"]

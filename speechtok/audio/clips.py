@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speechtok.audio.decode import load
+from speechtok.audio.extensions import AUDIO_EXTENSIONS
 from speechtok.errors import InputError
 
-__all__ = ["SPLITS", "ClipSource", "FileClips", "Report", "Wave", "clips_of_split"]
+__all__ = ["SPLITS", "ClipSource", "FileClips", "Report", "Wave", "clips_below", "clips_of_split"]
 
 Wave = NDArray[np.float32]
 Report = dict[str, float | str]
 
 SPLITS = ("train", "valid", "test")
+LISTING = "metadata.jsonl"
+_KEPT_SAMPLES = 1 << 26  # 256 MB of decoded clips
 
 
 class ClipSource(Protocol):
@@ -34,7 +37,7 @@ class ClipSource(Protocol):
 
 @dataclass
 class FileClips:
-    """Sound files, decoded when they are first drawn and then kept.
+    """Sound files, decoded when they are first drawn and then kept, up to 256 MB of them.
 
     Parameters
     ----------
@@ -50,6 +53,7 @@ class FileClips:
     paths: Sequence[str]
     groups: Sequence[str] | None = None
     _cache: dict[tuple[str, int], Wave] = field(default_factory=dict, init=False, repr=False)
+    _kept: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.paths or (self.groups is not None and len(self.groups) != len(self.paths)):
@@ -66,11 +70,14 @@ class FileClips:
         paths = self._members[int(group * len(self._members))]
         path = paths[int(member * len(paths))]
         # Two threads may decode the same file at once; both get the same samples.
-        if (path, sample_rate) not in self._cache:
+        clip = self._cache.get((path, sample_rate))
+        if clip is None:
             clip = load(self.folder / path, sample_rate)
             clip.setflags(write=False)  # it is handed out again
-            self._cache[path, sample_rate] = clip
-        return self._cache[path, sample_rate], {"clip": path}
+            if self._kept + len(clip) <= _KEPT_SAMPLES:
+                self._cache[path, sample_rate] = clip
+                self._kept += len(clip)
+        return clip, {"clip": path}
 
 
 def clips_of_split(folder: str | os.PathLike[str], split: str, group_by: str | None = None) -> FileClips | None:
@@ -95,7 +102,7 @@ def clips_of_split(folder: str | os.PathLike[str], split: str, group_by: str | N
     InputError
         If there is no such listing, or it is damaged.
     """
-    listing = Path(folder) / "metadata.jsonl"
+    listing = Path(folder) / LISTING
     if split not in SPLITS:
         raise InputError(f"split={split!r}: one of {', '.join(SPLITS)} is needed")
     try:
@@ -111,3 +118,37 @@ def clips_of_split(folder: str | os.PathLike[str], split: str, group_by: str | N
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise InputError(f"{listing}: {path!r} leads out of the folder")
     return FileClips(Path(folder), paths, groups) if paths else None
+
+
+def clips_below(folder: str | os.PathLike[str], split: str, group_by: str | None = None) -> FileClips:
+    """Sound files of a folder, with or without a listing.
+
+    Parameters
+    ----------
+    folder : path
+        With a ``metadata.jsonl`` the files of a split, see `clips_of_split`; without one all sound files below it.
+    split : {"train", "valid", "test"}
+        Means nothing without a listing.
+    group_by : str, optional
+        Means nothing without a listing.
+
+    Raises
+    ------
+    InputError
+        If the folder is missing, holds no sound file or none of the split, or its listing is damaged. Files are opened
+        when they are drawn; one that cannot be decoded is named then (AudioError).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; name one with sound files")
+    if (folder / LISTING).exists():
+        clips = clips_of_split(folder, split, group_by)
+        if clips is None:
+            raise InputError(f"{folder / LISTING} names no file of split {split!r}; choose another split or folder")
+        return clips
+    # Sorted by FileClips: the order of the file system must not decide what is drawn.
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file())
+    paths = [path.relative_to(folder).as_posix() for path in found]
+    if not paths:
+        raise InputError(f"{folder} holds no sound file ({' '.join(sorted(AUDIO_EXTENSIONS))})")
+    return FileClips(folder, paths)

@@ -19,7 +19,7 @@ from speechtok.audio.resample import MAX_RATE, MIN_RATE, Resampler
 from speechtok.audio.wav import read_header
 from speechtok.errors import AudioError
 
-__all__ = ["AudioFile", "as_mono", "load", "resampled"]
+__all__ = ["AudioFile", "as_mono", "as_sound", "load", "resampled"]
 
 # Beyond any integer scale that could pass for audio; larger values overflow power spectra.
 _MAX_AMPLITUDE = 1e6
@@ -68,6 +68,14 @@ def as_mono(samples: ArrayLike, name: str = "the array") -> NDArray[np.float32]:
             f"{name} reaches amplitudes above {_MAX_AMPLITUDE:g}; samples belong in [-1, 1], scale them first"
         )
     return array
+
+
+def as_sound(samples: ArrayLike, name: str = "the wave") -> NDArray[np.float32]:
+    """Check samples as `as_mono` does, and that there are some; AudioError otherwise."""
+    wave = as_mono(samples, name)
+    if len(wave) == 0:
+        raise AudioError(f"{name} is empty; there is nothing to change")
+    return wave
 
 
 class AudioFile:

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from speechtok.audio.decode import as_mono
+from speechtok.audio.decode import as_sound
 from speechtok.audio.resample import MIN_RATE, resample
 from speechtok.errors import AudioError
 
@@ -49,7 +49,7 @@ def time_stretch(wave: Wave, rate: float) -> Wave:
     AudioError
         If the wave is empty or no wave, or the rate is out of bounds.
     """
-    wave = _checked(wave)
+    wave = as_sound(wave)
     if not 1 / MAX_RATIO <= rate <= MAX_RATIO:
         raise AudioError(f"rate={rate}: a speed between {1 / MAX_RATIO} and {MAX_RATIO:g} is needed")
     length = max(1, round(len(wave) / rate))
@@ -111,7 +111,7 @@ def pitch_shift(wave: Wave, semitones: float) -> Wave:
     AudioError
         If the wave is empty or no wave, or the shift is out of bounds.
     """
-    wave = _checked(wave)
+    wave = as_sound(wave)
     if not -MAX_SEMITONES <= semitones <= MAX_SEMITONES:
         raise AudioError(f"semitones={semitones}: a shift between -{MAX_SEMITONES:g} and {MAX_SEMITONES:g} is needed")
     ratio = Fraction(2.0 ** (semitones / 12)).limit_denominator(_MAX_DENOMINATOR)
@@ -127,10 +127,3 @@ def fit_length(wave: Wave, length: int) -> Wave:
     out = np.zeros(length, np.float32)
     out[: len(wave)] = wave[:length]
     return out
-
-
-def _checked(wave: Wave) -> Wave:
-    wave = as_mono(wave, "the wave")
-    if len(wave) == 0:
-        raise AudioError("the wave is empty; there is nothing to change")
-    return wave

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from speechtok.audio.extensions import AUDIO_EXTENSIONS
 from speechtok.errors import AudioError, InputError
 
-__all__ = ["AUDIO_EXTENSIONS", "Listing", "Rejected", "Rows", "Utterance", "assign_keys", "scan"]
+__all__ = ["Listing", "Rejected", "Rows", "Utterance", "assign_keys", "scan"]
 
-AUDIO_EXTENSIONS = frozenset(
-    (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".w64", ".caf", ".rf64", ".sph")
-)
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 KINDS = {
     stat.S_IFDIR: "a folder",

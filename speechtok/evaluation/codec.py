@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from speechtok.audio.decode import load
+from speechtok.audio.lossy import through_opus
 from speechtok.corpus.engine import Event
 from speechtok.corpus.sources import Utterance, scan
 from speechtok.errors import InputError, SpeechtokError
-from speechtok.evaluation.opus import through_opus
 from speechtok.evaluation.spectrograms import draw_spectrograms
 from speechtok.metrics import bitrate, phonetic, signal
 from speechtok.tokenizer import Tokenizer
