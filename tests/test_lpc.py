@@ -171,6 +171,19 @@ def test_a_pole_on_the_circle_comes_inside():
     assert float(variance) == 1
 
 
+def test_poles_that_coefficients_cannot_hold_apart_move_inwards():
+    """Of sixteen at the same place on the circle the rounding of the coefficients alone takes some far outside."""
+    lpc = poles_to_lpc(torch.full((1, 16), LIMIT, dtype=torch.complex128))
+    assert not bool(is_stable(lpc))
+    found, _ = stabilized(lpc, torch.ones(1, dtype=torch.float64))
+    assert bool(is_stable(found))
+    response = np.abs(scipy.signal.lfilter([1.0], [1, *found[0].tolist()], np.eye(1, 40_000)[0]))
+    assert response[-500:].max() < 1e-6 * response.max()
+    wild = lar_to_reflection(30 * torch.randn(50, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    found, variance = stabilized(reflection_to_lpc(wild), torch.ones(50, dtype=torch.float64))
+    assert bool((is_stable(found) & variance.isfinite()).all())
+
+
 def test_spectrum_is_that_of_scipys_filter():
     lpc, angles = filters(9), np.linspace(0, np.pi, 50)
     found = power_spectrum(lpc, torch.full((20,), 0.3, dtype=torch.float64), torch.from_numpy(angles))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LIMIT",
     "cepstrum_to_lpc",
     "is_stable",
     "lar_to_reflection",
@@ -31,6 +32,8 @@ __all__ = [
 
 # Nearest that poles and reflection coefficients come to the border of stability, where logarithms have no end.
 LIMIT = 1 - 1e-5
+# By which parts of their radius poles are moved inwards, one after the other, until rounding takes none outside.
+_INWARDS = [2.0**-step for step in range(14, 0, -1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +216,8 @@ def stabilized(lpc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     lpc : float64 [..., p]
-        As given, bit for bit, where the filter is stable. Others have no pole further out than `LIMIT`.
+        As given, bit for bit, where the filter is stable. Others have no pole further out than `LIMIT`. Where poles
+        lie so close together near the circle that the coefficients cannot hold them apart, all are moved inwards.
     variance : float64 [...]
         Divided by the squared magnitude of every pole that was outside.
     """
@@ -223,8 +227,12 @@ def stabilized(lpc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     poles = lpc_to_poles(lpc[loose])
     size = poles.abs()
     inside = torch.where(size > 1, 1 / size.clamp_min(1), size).clamp_max(LIMIT)
+    mended = poles_to_lpc(torch.polar(inside, poles.angle()))
+    places = torch.arange(1, lpc.shape[-1] + 1, dtype=lpc.dtype, device=lpc.device)
+    for inwards in _INWARDS:
+        mended = torch.where(is_stable(mended)[..., None], mended, mended * (1 - inwards) ** places)
     lpc, variance = lpc.clone(), variance.clone()
-    lpc[loose] = poles_to_lpc(torch.polar(inside, poles.angle()))
+    lpc[loose] = mended
     variance[loose] /= size.clamp_min(1).square().prod(-1)
     return lpc, variance
 
