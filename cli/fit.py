@@ -1,5 +1,6 @@
 """``speechtok fit``."""
 
+import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +26,13 @@ def fit(
         str, typer.Argument(metavar="INPUT", help="Training sound: folder, manifest or archive, as for tokenize.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new tokenizer; its name is the tokenizer's.")],
-    encoder: Annotated[str, typer.Option(help="mfcc, a checkpoint folder or file, or a Hugging Face name.")] = "mfcc",
+    encoder: Annotated[
+        str, typer.Option(help="mfcc, lipcot, cqt, a checkpoint folder or file, or a Hugging Face name.")
+    ] = "mfcc",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Setting of an encoder without weights: --set feature=lar."),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Index into hidden_states; default the last.")] = None,
     clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Vocabulary.")] = 100,
     segmenter: Annotated[
@@ -66,7 +73,7 @@ def fit(
 
     if (out / "tokenizer.json").exists():
         raise OutputError(f"{out} holds a tokenizer already; choose another folder or delete it")
-    network = from_pretrained(encoder, layer)
+    network = from_pretrained(encoder, layer, settings=_settings(settings))
     cut = _segmenter(segmenter, norm_threshold, merge_threshold, silence_gap, network.grid.rate)
     try:
         out.mkdir(parents=True, exist_ok=True)  # now, not after an hour of fitting
@@ -85,6 +92,22 @@ def fit(
     typer.echo(str(out))
     if report["files failed"]:
         raise typer.Exit(3)
+
+
+def _settings(texts: list[str] | None) -> dict[str, Any]:
+    """Settings out of texts like ``order=12``: what is no number (or other value of TOML) is a text."""
+    from speechtok.errors import InputError
+
+    found: dict[str, Any] = {}
+    for text in texts or []:
+        name, sign, value = (part.strip() for part in text.partition("="))
+        if not sign:
+            raise InputError(f"{text!r}: write --set FIELD=VALUE")
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = value
+    return found
 
 
 def _segmenter(

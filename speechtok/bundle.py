@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from speechtok.errors import CheckpointError, FormatError, OutputError, UnknownNameError
+from speechtok.errors import CheckpointError, FormatError, InputError, OutputError, UnknownNameError
 from speechtok.frames import WindowRule
 from speechtok.quantizers.base import Quantizer
 
@@ -231,7 +231,7 @@ def _decoder(description: Mapping[str, Any], folder: Path) -> "Decoder | None":
     FormatError
         If this version does not know its kind, or configuration or weights do not fit it.
     """
-    from speechtok.codecs.build import build
+    from speechtok.codecs.build import WITHOUT_WEIGHTS, build
 
     path, kind = folder / "tokenizer.json", description.get("decoder")
     if kind is None:
@@ -239,10 +239,10 @@ def _decoder(description: Mapping[str, Any], folder: Path) -> "Decoder | None":
     config = description.get("decoder_config", {})
     if not isinstance(kind, str) or not isinstance(config, dict):
         raise FormatError(f"{path}: decoder or decoder_config is malformed; write or fetch the bundle again")
-    weights = read_tensors(folder / "decoder.safetensors")
+    weights = {} if kind in WITHOUT_WEIGHTS else read_tensors(folder / "decoder.safetensors")
     try:
         return build(kind, config, weights)
-    except (CheckpointError, UnknownNameError, TypeError) as error:
+    except (CheckpointError, InputError, UnknownNameError, TypeError) as error:
         raise FormatError(f"{folder}: its decoder cannot be built: {error}") from error
 
 

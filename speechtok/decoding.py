@@ -19,7 +19,7 @@ from speechtok.codecs.base import Decoder
 from speechtok.encoders.base import ChunkState, Encoder
 from speechtok.errors import FingerprintError, FormatError, InputError, SpeechtokError
 from speechtok.quantizers.base import Quantizer
-from speechtok.quantizers.residual import ResidualQuantizer
+from speechtok.quantizers.kmeans import KMeans
 from speechtok.units import Units
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ def check_parts(name: str, encoder: Encoder, quantizer: Quantizer, decoder: Deco
     ------
     FormatError
     """
-    if not isinstance(quantizer, ResidualQuantizer):
-        raise FormatError(f"{name}: a decoder needs a residual quantizer, not {quantizer.type}; leave the decoder out")
+    if isinstance(quantizer, KMeans) and quantizer.spherical:
+        raise FormatError(
+            f"{name}: spherical centroids tell the direction of a frame only, a decoder needs all of it; "
+            "leave the decoder out"
+        )
     facts = [
         ("frame size", quantizer.dim, decoder.dim),
         ("hop", encoder.hop, decoder.hop),
@@ -54,10 +57,10 @@ def made(tokenizer: "Tokenizer", fingerprint: str, codebooks: int) -> bool:
     return 1 <= codebooks <= tokenizer.codebooks and fingerprint == tokenizer.with_codebooks(codebooks).fingerprint
 
 
-def _codec(tokenizer: "Tokenizer") -> tuple[Decoder, ResidualQuantizer]:
-    if tokenizer.decoder is None or not isinstance(tokenizer.quantizer, ResidualQuantizer):
+def _decoder(tokenizer: "Tokenizer") -> Decoder:
+    if tokenizer.decoder is None:
         raise FormatError(f"{tokenizer.name} has no decoder: its units cannot be made sound; take a codec")
-    return tokenizer.decoder, tokenizer.quantizer
+    return tokenizer.decoder
 
 
 @dataclass
@@ -92,8 +95,7 @@ class WavePass:
     @staticmethod
     def new(tokenizer: "Tokenizer") -> "WavePass":
         """Before the first unit; FormatError if the tokenizer has no decoder."""
-        decoder, _ = _codec(tokenizer)
-        return WavePass(decoder.stream_state(1), tokenizer.fingerprint, tokenizer.decoder_fingerprint)
+        return WavePass(_decoder(tokenizer).stream_state(1), tokenizer.fingerprint, tokenizer.decoder_fingerprint)
 
     def copy(self, device: torch.device) -> "WavePass":
         """A copy that shares nothing with this one, its tensors on `device`."""
@@ -135,7 +137,7 @@ class WavePass:
             return np.zeros(0, np.float32)
         self.lacking = hop - min(hop, max(1, int(units.ends[-1] - units.starts[-1])))
         self.held = np.concatenate([self.held, ids], axis=1) if self.held.shape[1] else ids
-        block, waves = _codec(tokenizer)[0].block, [np.zeros(0, np.float32)]
+        block, waves = _decoder(tokenizer).block, [np.zeros(0, np.float32)]
         while self.held.shape[1] >= block:
             waves.append(self._block(tokenizer, self.held[:, :block]))
             self.held = self.held[:, block:]
@@ -152,11 +154,11 @@ class WavePass:
 
     @torch.inference_mode()
     def _block(self, tokenizer: "Tokenizer", ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        decoder, quantizer = _codec(tokenizer)
+        decoder = _decoder(tokenizer)
         count = ids.shape[1]
         whole = np.pad(ids, ((0, 0), (0, decoder.block - count)))
         with one_thread():
-            frames = quantizer.decode(torch.from_numpy(whole)[None].to(tokenizer.device))
+            frames = tokenizer.quantizer.decode(torch.from_numpy(whole)[None].to(tokenizer.device))
             counts = torch.tensor([count], device=tokenizer.device)
             wave, self.state = decoder.advance(frames, counts, self.state)
         samples: NDArray[np.float32] = wave[0, : count * decoder.hop].cpu().numpy()

@@ -196,7 +196,7 @@ class Tokenizer:
         source : path, binary stream, or samples float [N] / [N, C]
             Arrays in [-1, 1] (int16 is scaled); channels are averaged.
         sample_rate : int
-            Of an array (Hz).
+            Of an array (Hz). Where it is the tokenizer's own, however low, nothing is resampled.
 
         Returns
         -------
@@ -398,8 +398,8 @@ class Tokenizer:
         Returns
         -------
         float32 [N]
-            At `sample_rate`; N = hop times frames, less what the last unit lacks of a whole frame: the length of the
-            sound, if the units are those of all of it.
+            At `sample_rate`; N = hop times frames, less what the last unit lacks of a whole frame. If the units are
+            those of a whole sound, that is its length where frames cover it all (`FrameGrid.partial`), else less.
 
         Raises
         ------

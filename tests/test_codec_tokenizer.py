@@ -402,9 +402,9 @@ def test_parts_that_do_not_fit(causal):
     for decoder, message in ((wider, "frame size 16, the decoder 8"), (slower, "hop"), (other_rate, "sample rate")):
         with pytest.raises(FormatError, match=message):
             Tokenizer(causal.encoder, quantizer, decoder=decoder, name="x")
-    kmeans = KMeans(np.zeros((2, 16), np.float32))
-    with pytest.raises(FormatError, match="residual quantizer, not kmeans"):
-        Tokenizer(causal.encoder, kmeans, decoder=causal.decoder, name="x")
+    directions = KMeans(np.eye(16, dtype=np.float32), spherical=True)
+    with pytest.raises(FormatError, match="direction of a frame only"):
+        Tokenizer(causal.encoder, directions, decoder=causal.decoder, name="x")
     for encoder, decoder in ((causal.encoder, causal.decoder), (codec(**PUBLISHED).encoder, None)):
         with pytest.raises(FormatError, match="segments"):
             Tokenizer(encoder, ResidualQuantizer(np.ones((1, 2, 16))), segmenter=Greedy(), decoder=decoder, name="x")

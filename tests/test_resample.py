@@ -85,3 +85,12 @@ def test_absurd_rates_are_refused():
     for rate in (0, 1, 999, 10**7):
         with pytest.raises(AudioError, match="outside"):
             Resampler(rate, 16000)
+    for rate in (0, -1):
+        with pytest.raises(AudioError, match="outside"):
+            Resampler(rate, rate)
+
+
+@pytest.mark.parametrize("rate", [1, 500, 10**7])
+def test_equal_rates_pass_samples_as_they_are(rate):
+    wave = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    assert np.array_equal(resample(wave, rate, rate), wave)

@@ -67,7 +67,7 @@ class Resampler:
     Parameters
     ----------
     source_rate, target_rate : int
-        Rates in Hz, between `MIN_RATE` and `MAX_RATE`.
+        Rates in Hz, between `MIN_RATE` and `MAX_RATE`; any, where both are equal and samples pass as they are.
 
     Notes
     -----
@@ -85,7 +85,7 @@ class Resampler:
         for rate in (self.source_rate, self.target_rate):
             if not isinstance(rate, int | np.integer):
                 raise AudioError(f"sample rate {rate!r} is not a whole number of Hz")
-            if not MIN_RATE <= rate <= MAX_RATE:
+            if rate < 1 or (self.source_rate != self.target_rate and not MIN_RATE <= rate <= MAX_RATE):
                 raise AudioError(
                     f"sample rate {rate} Hz is outside {MIN_RATE} ... {MAX_RATE} Hz; the header may be damaged"
                 )

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -67,5 +68,5 @@ class Decoder(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
-        return next(self.parameters()).device
+        """Where its weights, or what it has in their place, are."""
+        return next(chain(self.parameters(), self.buffers())).device

@@ -41,12 +41,13 @@ class _Entry(NamedTuple):
 _ENCODERS = {
     "cqt": _Entry("cqt", "CqtConfig", "CqtEncoder"),
     "hubert": _Entry("hubert", "HubertConfig", "HubertEncoder"),
+    "lipcot": _Entry("lipcot", "LipcotConfig", "LipcotEncoder"),
     "mfcc": _Entry("mfcc", "MfccConfig", "MfccEncoder"),
     "seanet": _Entry("seanet", "SeanetConfig", "SeanetFrames"),
     "w2v_bert": _Entry("w2v_bert", "W2vBertConfig", "W2vBertEncoder"),
     "wavlm": _Entry("wavlm", "WavLMConfig", "WavLMEncoder"),
 }
-_WITHOUT_WEIGHTS = {"cqt", "mfcc"}
+_WITHOUT_WEIGHTS = {"cqt", "lipcot", "mfcc"}
 _MODEL_TYPES = {
     "hubert": "hubert",
     "mert_model": "hubert",
@@ -103,7 +104,12 @@ def build(type: str, config: Mapping[str, Any], layer: int | None) -> Encoder:  
 
 
 def from_pretrained(
-    path_or_name: str | Path, layer: int | None = None, *, revision: str | None = None, normalize: bool | None = None
+    path_or_name: str | Path,
+    layer: int | None = None,
+    *,
+    revision: str | None = None,
+    normalize: bool | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """Load a published checkpoint.
 
@@ -112,7 +118,8 @@ def from_pretrained(
     path_or_name : str or Path
         A folder (of Hugging Face's layout, or written by `speechtok.encoders.saved.save_encoder`), a file of Sylber
         (its flat state dict or a checkpoint of its training, see `HubertConfig.from_shapes`), the name
-        ``owner/repository`` of a Hugging Face repository, or the type of an encoder without weights ("mfcc").
+        ``owner/repository`` of a Hugging Face repository, or the type of an encoder without weights ("cqt", "lipcot",
+        "mfcc").
         A weight file that has a ``config.json`` beside it is read with that configuration.
     layer : int, optional
         Index into ``hidden_states``, see `HubertEncoder`; None: the last.
@@ -121,6 +128,8 @@ def from_pretrained(
     normalize : bool, optional
         Whether each wave is scaled to zero mean and unit variance first (HuBERT's family only). None: what the
         preprocessor_config.json or encoder.json beside the weights says; without one it is taken as it is.
+    settings : mapping, optional
+        Fields of the configuration of an encoder without weights, such as `LipcotConfig`.
 
     Returns
     -------
@@ -134,9 +143,9 @@ def from_pretrained(
     CheckpointError
         If files are missing, unreadable, of an unknown kind, or do not fit their configuration.
     InputError
-        If the model has no such layer, or `normalize` is given for an encoder that does not know it.
+        If the model has no such layer, or `normalize` or `settings` are given for an encoder that does not know them.
     """
-    encoder = _load(path_or_name, layer, revision)
+    encoder = _load(path_or_name, layer, revision, settings or {})
     if normalize is not None:
         if not hasattr(encoder.config, "do_normalize"):
             raise InputError(f"{path_or_name}: {encoder.type} encoders cannot normalise the wave; leave normalize out")
@@ -144,11 +153,20 @@ def from_pretrained(
     return encoder
 
 
-def _load(path_or_name: str | Path, layer: int | None, revision: str | None) -> Encoder:
+def _load(path_or_name: str | Path, layer: int | None, revision: str | None, settings: Mapping[str, Any]) -> Encoder:
     """`from_pretrained` with the normalisation that the checkpoint names."""
     path = Path(path_or_name).expanduser()
     if path_or_name in _WITHOUT_WEIGHTS and not path.exists():
-        return build(str(path_or_name), {}, layer)
+        config, _ = _classes(str(path_or_name))
+        if unknown := sorted(set(settings) - {field.name for field in fields(config)}):
+            known = ", ".join(field.name for field in fields(config))
+            raise InputError(f"{path_or_name} encoders have no setting {unknown[0]!r}; known are {known}")
+        return build(str(path_or_name), settings, layer)
+    if settings:
+        raise InputError(
+            f"{path_or_name}: its checkpoint says all about it, so {some(sorted(settings))} cannot be set; only "
+            f"{', '.join(sorted(_WITHOUT_WEIGHTS))} have settings"
+        )
     if not path.exists():
         if not isinstance(path_or_name, str):
             raise CheckpointError(f"{path} does not exist; check the path")
@@ -175,10 +193,10 @@ def _load(path_or_name: str | Path, layer: int | None, revision: str | None) -> 
             f"known: {', '.join(_MODEL_TYPES)}"
         )
     config_class, encoder_class = _classes(kind)
-    settings = read_json(preprocessor) if preprocessor.exists() else None
+    extractor = read_json(preprocessor) if preprocessor.exists() else None
     tensors = read_tensors(path)
     with _naming(path):
-        return load_checkpoint(encoder_class, config_class.from_hf(description, settings), layer, tensors)
+        return load_checkpoint(encoder_class, config_class.from_hf(description, extractor), layer, tensors)
 
 
 def load_checkpoint(

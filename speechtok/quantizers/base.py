@@ -51,3 +51,13 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Tensor) -> Codes:
         """Quantize float [B, T, D] frames; what to do with padding is the caller's business."""
+
+    @abstractmethod
+    def decode(self, ids: Tensor) -> Tensor:
+        """Frames that ids stand for: int [B, K, T] -> float32 [B, T, D].
+
+        Raises
+        ------
+        FormatError
+            If an id is out of range, or ids do not tell frames.
+        """

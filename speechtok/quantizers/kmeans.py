@@ -108,3 +108,20 @@ class KMeans(Quantizer):
             gap = length / (1 / gap + 1 / 4)
         margins = gap / (2 * size).clamp_min(1e-12)
         return Codes(ids.view(batch, 1, frames), margins.view(batch, frames))
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Centroids in the place of frames: int [B, 1, T] -> float32 [B, T, D].
+
+        Raises
+        ------
+        FormatError
+            If an id is out of range, or the centroids are directions only (spherical).
+        """
+        if self.spherical:
+            raise FormatError("spherical centroids tell the direction of a frame only; its length is lost")
+        if ids.ndim != 3 or ids.shape[1] != 1:
+            raise FormatError(f"ids have shape {tuple(ids.shape)}; [batch, 1, frames] is needed")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise FormatError(f"ids must be from 0 to {self.vocab_size - 1}; they were made by another tokenizer")
+        frames = self.centroids[ids[:, 0].to(self.centroids.device).long()]
+        return frames * self.scale + self.mean if self.standardized else frames

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from speechtok.canonical import block_context
+from speechtok.codecs.build import inverse
 from speechtok.corpus.engine import Event
 from speechtok.corpus.shard import Decoder
 from speechtok.corpus.sources import scan
@@ -173,6 +174,7 @@ def fit(
     Returns
     -------
     tokenizer : Tokenizer
+        With a decoder, if the encoder has one that needs no training and units are whole frames.
     report : dict
         Frames or segments seen and sampled, segments per second of sound, failed files, mean squared distance, dead
         clusters, perplexity of the units.
@@ -255,6 +257,7 @@ def fit(
         name=name,
         segmenter=segmenter,
         silence_gap=silence_gap,
+        decoder=None if segmenter is not None or spherical else inverse(encoder),
         window=window,
         licence=licence,
         training=report,
