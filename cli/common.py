@@ -12,7 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Device", "Json", "Log", "LogMode", "TokenizerName", "print_table", "progress", "write_json"]
+__all__ = [
+    "Agg", "Device", "Json", "Limit", "Log", "LogMode", "Norm", "TokenizerName", "Tokenizers", "print_table",
+    "progress", "write_json",
+]  # fmt: skip
 
 TokenizerName = Annotated[
     str,
@@ -24,6 +27,32 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also 
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
 
 DEFAULT_TOKENIZER = "w2vbert-mini"
+
+
+Tokenizers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tokenizer", "-t", metavar="NAME", help=f"A tokenizer folder or name; may be repeated; {DEFAULT_TOKENIZER}."
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit-files", min=1, help="Use at most this many utterances, evenly spread.")
+]
+
+
+class Norm(StrEnum):
+    """What edits are divided by."""
+
+    dedup_ref = "dedup_ref"
+    frames = "frames"
+    max_len = "max_len"
+
+
+class Agg(StrEnum):
+    """How utterances are averaged."""
+
+    mean = "mean"
+    pooled = "pooled"
 
 
 class LogMode(StrEnum):

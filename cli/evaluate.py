@@ -6,8 +6,22 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .common import DEFAULT_TOKENIZER, Device, Json, Log, LogMode, print_table, progress, write_json
+from .common import (
+    DEFAULT_TOKENIZER,
+    Agg,
+    Device,
+    Json,
+    Limit,
+    Log,
+    LogMode,
+    Norm,
+    Tokenizers,
+    print_table,
+    progress,
+    write_json,
+)
 from .evaluate_codec import codec
+from .evaluate_invariance import invariance
 from .evaluate_probe import probe
 
 __all__ = ["evaluate"]
@@ -21,33 +35,9 @@ evaluate = typer.Typer(
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Holds sound files, metadata.jsonl and alignments.jsonl.")
 ]
-Tokenizers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tokenizer", "-t", metavar="NAME", help=f"A tokenizer folder or name; may be repeated; {DEFAULT_TOKENIZER}."
-    ),
-]
-Limit = Annotated[
-    int | None, typer.Option("--limit-files", min=1, help="Use at most this many utterances, evenly spread.")
-]
 Shift = Annotated[
     int, typer.Option("--shift-frames", help="Frame i takes the label at the centre of frame i + this many.")
 ]
-
-
-class Norm(StrEnum):
-    """What edits are divided by."""
-
-    dedup_ref = "dedup_ref"
-    frames = "frames"
-    max_len = "max_len"
-
-
-class Agg(StrEnum):
-    """How utterances are averaged."""
-
-    mean = "mean"
-    pooled = "pooled"
 
 
 class Representation(StrEnum):
@@ -414,5 +404,6 @@ def continua(
     typer.echo(f"Published, on other continua (arXiv 2410.07168), for their order alone: {told}")
 
 
+evaluate.command()(invariance)
 evaluate.command()(probe)
 evaluate.command()(codec)

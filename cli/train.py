@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Log, LogMode, progress
+from .common import Device, Log, LogMode, TokenizerName, progress
 
 train = typer.Typer(
     name="train", help="Train encoders.", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
@@ -135,6 +135,41 @@ def codec(
         folder = train_codec(
             recipe, data, out, held_out=held_out, name=name, changes=parse_changes(change), device=device,
             on_event=tell,
+        )  # fmt: skip
+    typer.echo(str(folder))
+
+
+@train.command("invariant")
+def invariant(
+    recipe: Recipe,
+    data: Data,
+    out: Out,
+    tokenizer: TokenizerName = "w2vbert-mini-k100",
+    held_out: Annotated[
+        str | None, typer.Option(help="Sound on which edit distances are watched, and by which rounds end.")
+    ] = None,
+    noise: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Noises: sound files, or metadata.jsonl; default the shipped ones.")
+    ] = None,
+    rir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Room responses, likewise; default simulated rooms.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the new tokenizer.")] = "invariant",
+    change: Change = None,
+    device: Device = "cpu",
+    log: Log = LogMode.auto,
+) -> None:
+    """Teach a tokenizer's units to stay the same under augmentation; RUN/tokenizer is the new tokenizer.
+
+    The encoder stays as it is. Frames of all augmented sounds are computed first and kept in the run's folder.
+    """
+    from speechtok.training.invariant import train_invariant
+    from speechtok.training.recipe import parse_changes
+
+    with progress(log) as tell:
+        folder = train_invariant(
+            recipe, tokenizer, data, out, name=name, held_out=held_out, noise=noise, rooms=rir,
+            changes=parse_changes(change), device=device, on_event=tell,
         )  # fmt: skip
     typer.echo(str(folder))
 

@@ -203,6 +203,7 @@ def _quantizer(description: Mapping[str, Any], tensors: dict[str, Tensor], folde
         If this version does not know its kind, or configuration or tensors do not fit it.
     """
     from speechtok.quantizers.kmeans import KMeans
+    from speechtok.quantizers.mlp import MlpQuantizer
     from speechtok.quantizers.residual import ResidualQuantizer
 
     path, config = folder / "tokenizer.json", description.get("quantizer_config", {})
@@ -212,15 +213,16 @@ def _quantizer(description: Mapping[str, Any], tensors: dict[str, Tensor], folde
             if not isinstance(spherical, bool):
                 raise FormatError(f"{path}: quantizer_config {config!r} is malformed; write or fetch the bundle again")
             return KMeans.from_tensors(tensors, spherical)
-        case "residual":
+        case "residual" | "mlp" as kind:
             if not isinstance(config, dict):
                 raise FormatError(f"{path}: quantizer_config {config!r} is malformed; write or fetch the bundle again")
+            rebuild = ResidualQuantizer.from_tensors if kind == "residual" else MlpQuantizer.from_tensors
             try:
-                return ResidualQuantizer.from_tensors(tensors, **config)
+                return rebuild(tensors, **config)
             except FormatError as error:
                 raise FormatError(f"{folder / 'quantizer.safetensors'}: {error}") from error
         case kind:
-            raise FormatError(f"{path}: unknown quantizer {kind!r}; this version knows 'kmeans' and 'residual'")
+            raise FormatError(f"{path}: unknown quantizer {kind!r}; this version knows 'kmeans', 'mlp' and 'residual'")
 
 
 def _decoder(description: Mapping[str, Any], folder: Path) -> "Decoder | None":

@@ -19,7 +19,6 @@ from speechtok.codecs.base import Decoder
 from speechtok.encoders.base import ChunkState, Encoder
 from speechtok.errors import FingerprintError, FormatError, InputError, SpeechtokError
 from speechtok.quantizers.base import Quantizer
-from speechtok.quantizers.kmeans import KMeans
 from speechtok.units import Units
 
 if TYPE_CHECKING:
@@ -35,10 +34,10 @@ def check_parts(name: str, encoder: Encoder, quantizer: Quantizer, decoder: Deco
     ------
     FormatError
     """
-    if isinstance(quantizer, KMeans) and quantizer.spherical:
+    if not quantizer.invertible:
         raise FormatError(
-            f"{name}: spherical centroids tell the direction of a frame only, a decoder needs all of it; "
-            "leave the decoder out"
+            f"{name}: units of this {quantizer.type} quantizer do not tell whole frames, which a decoder needs; leave the "
+            "decoder out"
         )
     facts = [
         ("frame size", quantizer.dim, decoder.dim),

@@ -212,7 +212,7 @@ def resampled(
     yield resampler.flush()
 
 
-def load(source: Any, sample_rate: int) -> NDArray[np.float32]:
-    """Whole file as one mono wave: float32 [N] at `sample_rate`; errors as `AudioFile`."""
-    with AudioFile(source) as file:
+def load(source: Any, sample_rate: int, name: str | None = None) -> NDArray[np.float32]:
+    """Whole file as one mono wave: float32 [N] at `sample_rate`; name and errors as `AudioFile`."""
+    with AudioFile(source, name) as file:
         return np.concatenate(list(resampled(file.blocks(), file.sample_rate, sample_rate)))

@@ -20,7 +20,7 @@ from rapidfuzz.distance import Levenshtein
 from speechtok.errors import InputError
 from speechtok.units import run_lengths
 
-__all__ = ["Agg", "Norm", "distances", "evaluate", "unit_edit_distance", "validate"]
+__all__ = ["Agg", "Norm", "aggregate", "distances", "evaluate", "interval", "unit_edit_distance", "validate"]
 
 Integers = NDArray[np.integer[Any]]
 Norm = Literal["dedup_ref", "frames", "max_len"]
@@ -55,6 +55,30 @@ def distances(
     return edits, lengths
 
 
+def aggregate(edits: Integers, lengths: Integers, agg: Agg = "mean") -> float:
+    """UED in percent from edits and lengths, int64 [N] each, of `distances`."""
+    return float(100 * (edits.sum() / lengths.sum() if agg == "pooled" else (edits / lengths).mean()))
+
+
+def interval(
+    edits: Integers, lengths: Integers, agg: Agg = "mean", *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of `aggregate` by bootstrap: utterances are drawn again with replacement.
+
+    Parameters
+    ----------
+    edits, lengths : int64 [N]
+        See `distances`.
+    agg : str
+    resamples, seed : int
+        How often, and how they are drawn.
+    """
+    drawn = np.random.default_rng(seed).integers(0, len(edits), (resamples, len(edits)))
+    values = edits[drawn].sum(1) / lengths[drawn].sum(1) if agg == "pooled" else (edits / lengths)[drawn].mean(1)
+    low, high = np.percentile(100 * values, (2.5, 97.5))
+    return float(low), float(high)
+
+
 def unit_edit_distance(
     references: Sequence[Integers],
     hypotheses: Sequence[Integers],
@@ -77,8 +101,7 @@ def unit_edit_distance(
         As `validate`.
     """
     validate(references, hypotheses, norm, agg)
-    edits, lengths = distances(references, hypotheses, norm)
-    return float(100 * (edits.sum() / lengths.sum() if agg == "pooled" else (edits / lengths).mean()))
+    return aggregate(*distances(references, hypotheses, norm), agg)
 
 
 def evaluate(

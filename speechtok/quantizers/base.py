@@ -37,12 +37,15 @@ class Quantizer(nn.Module, ABC):
         Ids per codebook.
     codebooks : int
         K.
+    invertible : bool
+        Whether `decode` gives frames.
     """
 
     type: ClassVar[str]  # type: ignore[assignment]  # hides nn.Module.type
     dim: int
     vocab_size: int
     codebooks: int = 1
+    invertible: bool = True
 
     @abstractmethod
     def config_dict(self) -> dict[str, Any]:
@@ -59,5 +62,5 @@ class Quantizer(nn.Module, ABC):
         Raises
         ------
         FormatError
-            If an id is out of range, or ids do not tell frames.
+            If an id is out of range, or the quantizer is not `invertible`.
         """

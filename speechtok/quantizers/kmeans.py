@@ -55,6 +55,7 @@ class KMeans(Quantizer):
             raise FormatError("mean and scale of the standardisation go together; give both or neither")
         self.vocab_size, self.dim = centroids.shape
         self.standardized, self.spherical = mean is not None, spherical
+        self.invertible = not spherical  # a direction is all that is left of a frame then
         self.register_buffer("centroids", torch.from_numpy(centroids.copy()))
         if mean is not None and scale is not None:
             for name, value in (("mean", mean), ("scale", scale)):

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from speechtok.corpus.engine import Event
 from speechtok.corpus.shard import Decoder
 from speechtok.corpus.sources import scan
-from speechtok.errors import FormatError, InputError
+from speechtok.errors import AudioError, FormatError, InputError
 from speechtok.frames import FrameGrid, WindowRule
 
 __all__ = ["Items", "identity_of", "store"]
@@ -68,7 +68,7 @@ def store(
     grid: FrameGrid,
     dtype: DTypeLike,
     dim: int,
-    convert: Callable[[NDArray[np.float32]], Sequence[NDArray[Any]]],
+    convert: Callable[[NDArray[np.float32], str], Sequence[NDArray[Any]]],
     facts: Callable[[], dict[str, Any]] = dict,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64], dict[str, Any]]:
@@ -90,7 +90,8 @@ def store(
     dim : int
         Of the frames.
     convert : callable
-        From a wave float32 [N] to the frames of one or several items [T, D].
+        From a wave float32 [N] and its name to the frames of one or several items [T, D]. The name is the key of the
+        file; of later pieces of a long one, with the number of their first frame. An AudioError counts as the file's.
     facts : callable
         What the index notes besides, asked when all is read.
     on_event : callable
@@ -125,7 +126,12 @@ def store(
     total = 0
     with path.open("wb") as out:
         for done, (number, window, wave) in enumerate(decoder):
-            for which, frames in enumerate(convert(wave)):
+            name = listing.utterances[number].key + (f"#{window.first}" if window.first else "")
+            try:
+                converted = convert(wave, name)
+            except AudioError as error:
+                decoder.sources[number].error, converted = f"{listing.utterances[number].path}: {error}", ()
+            for which, frames in enumerate(converted):
                 frames.tofile(out)
                 pieces[number, window.first, which] = (total, len(frames))
                 total += len(frames)

@@ -86,7 +86,7 @@ class Mels(Items):
             raise InputError(f"speeds {list(speeds)}: give at least one, and only positive numbers")
         total, sums, squares = 0, np.zeros(BINS), np.zeros(BINS)
 
-        def convert(wave: NDArray[np.float32]) -> list[NDArray[np.float16]]:
+        def convert(wave: NDArray[np.float32], name: str) -> list[NDArray[np.float16]]:
             nonlocal total, sums, squares
             versions = [_mel(wave, speed) for speed in speeds]
             for mel in versions:

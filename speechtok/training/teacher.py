@@ -27,7 +27,7 @@ from speechtok.frames import FrameGrid, WindowRule
 from speechtok.tokenizer import usable_device
 from speechtok.training.mels import RATE, Mels
 
-__all__ = ["TaughtMels", "TeacherFrames", "frames_holding"]
+__all__ = ["TaughtMels", "TeacherFrames", "describe_encoder", "frames_holding"]
 
 FRAMES, JOURNAL, IDENTITY, INDEX = "frames.f16", "pieces.jsonl", "teacher.json", "index.json"
 _MEL_RATE = 16000  # of the waves that `Mels` reads (Hz)
@@ -193,7 +193,7 @@ class TeacherFrames:
         """
         listing = scan(str(source))
         files = [[utterance.key, utterance.size] for utterance in listing.utterances]
-        _claim(folder, {"teacher": _describe(teacher), "files": _digest(json.dumps(files).encode())})
+        _claim(folder, {"teacher": describe_encoder(teacher), "files": _digest(json.dumps(files).encode())})
         if (folder / INDEX).exists():
             return cls._open(folder, teacher)
         pieces = _resume(folder, teacher.dim)
@@ -279,14 +279,15 @@ class TaughtMels(Mels):
 _Piece = tuple[int, int, int, int, int]  # file, first frame in it, filter bank frames, start and number of frames
 
 
-def _describe(teacher: Encoder) -> dict[str, Any]:
-    """What makes a teacher this one: kind, settings, layer, weights."""
+def describe_encoder(teacher: Encoder) -> dict[str, Any]:
+    """What makes an encoder this one: kind, settings, layer, weights; plain JSON values."""
     weights = hashlib.sha256()
     for name, tensor in sorted(teacher.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    settings = {"type": teacher.type, "config": teacher.config_dict(), "layer": teacher.layer}
-    return {**settings, "grid": asdict(teacher.grid), "dim": teacher.dim, "weights": weights.hexdigest()}
+    settings: dict[str, Any] = {"type": teacher.type, "config": teacher.config_dict(), "layer": teacher.layer}
+    settings |= {"grid": asdict(teacher.grid), "dim": teacher.dim, "weights": weights.hexdigest()}
+    return dict(json.loads(json.dumps(settings)))
 
 
 def _write(path: Path, text: str) -> None:

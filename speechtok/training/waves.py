@@ -92,7 +92,7 @@ class Waves(Items):
         settings = {"sample_rate": sample_rate, "hop": hop}
         grid = FrameGrid(sample_rate, hop, hop)  # hops that do not overlap: nothing between pieces is lost
 
-        def convert(wave: NDArray[np.float32]) -> list[NDArray[np.int16]]:
+        def convert(wave: NDArray[np.float32], name: str) -> list[NDArray[np.int16]]:
             whole = wave[: len(wave) // hop * hop].reshape(-1, hop)
             return [np.clip(np.rint(whole * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)]
 

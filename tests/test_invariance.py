@@ -1,0 +1,167 @@
+"""`evaluate invariance`: figures against plain code, guards, curves, broken files, the page and the command."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import editdistance
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speechtok.cli import app
+from typer.testing import CliRunner
+
+import speechtok
+from speechtok.audio.augment import AugmentResources, augment
+from speechtok.audio.decode import load
+from speechtok.encoders.mfcc import MfccEncoder
+from speechtok.errors import InputError
+from speechtok.evaluation import invariance
+from speechtok.evaluation.invariance_report import write_report
+from speechtok.metrics.edit_distance import aggregate, distances, interval, unit_edit_distance
+from speechtok.quantizers.kmeans import KMeans
+from speechtok.tokenizer import Tokenizer
+from speechtok.units import run_lengths
+
+CLIPS = Path(__file__).resolve().parents[1] / "assets" / "clips"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three clips cut to 1.5 s, and a file that is none."""
+    path = tmp_path_factory.mktemp("sounds")
+    for clip in sorted(CLIPS.glob("librispeech-*.[fo]*"))[:3]:
+        soundfile.write(path / f"{clip.stem}.flac", load(clip, 16000)[:24000], 16000)
+    (path / "broken.wav").write_bytes(b"no sound")
+    return path
+
+
+@pytest.fixture(scope="module")
+def constant() -> Tokenizer:
+    """Says always the same."""
+    return Tokenizer(MfccEncoder(), KMeans(np.concatenate([np.zeros((1, 39)), np.full((9, 39), 1e6)])), name="constant")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path, constant: Tokenizer) -> dict:
+    return invariance.evaluate(
+        folder, [speechtok.load("mfcc-k100"), constant], families=("noise", "stretch"), curve_files=2, seed=3
+    )
+
+
+def runs(units) -> list[int]:
+    return run_lengths(units.ids)[0].tolist()
+
+
+def test_distances_are_those_of_plain_code(result: dict, folder: Path) -> None:
+    tokenizer = speechtok.load("mfcc-k100")
+    found = []
+    for path in sorted(folder.glob("*.flac")):
+        wave, rate = soundfile.read(path, dtype="float32")
+        assert rate == 16000
+        changed = augment(wave, rate, "noise", path.stem, 3, AugmentResources.default())
+        clean = runs(tokenizer.encode(wave, rate))
+        found.append(100 * editdistance.eval(clean, runs(tokenizer.encode(changed, rate))) / len(clean))
+    figures = result["tokenizers"]["mfcc-k100"]
+    assert figures["ued"]["noise"] == pytest.approx(np.mean(found))
+    low, high = figures["ued_ci"]["noise"]
+    assert min(found) - 1e-9 <= low <= figures["ued"]["noise"] <= high <= max(found) + 1e-9
+    assert figures["utterances"] == 3 and figures["seconds"] == pytest.approx(4.5)
+    assert figures["units_per_second"] == pytest.approx(100, abs=2)
+    assert 0 <= figures["floor"]["pad"] < figures["floor"]["delay"] < figures["ued"]["noise"]
+    assert figures["chance"] > 80 and not figures["collapsed"]
+
+
+def test_a_constant_tokenizer_does_not_look_good(result: dict) -> None:
+    figures = result["tokenizers"]["constant"]
+    assert figures["ued"] == {"noise": 0, "stretch": 0} and figures["chance"] == 0
+    assert figures["collapsed"] and figures["vocab_used"] == 1 and figures["vocab_size"] == 10
+
+
+def test_curves_follow_the_strength(result: dict) -> None:
+    curve = result["tokenizers"]["mfcc-k100"]["curves"]["noise"]
+    assert curve["strength"] == [0, 5, 10, 15, 20, 30] and curve["files"] == 2
+    assert curve["ued"][0] > curve["ued"][-1]
+    assert all(low <= value <= high for value, (low, high) in zip(curve["ued"], curve["ued_ci"], strict=True))
+    assert set(result["tokenizers"]["mfcc-k100"]["curves"]) == {"noise", "stretch"}
+
+
+def test_broken_files_are_named_and_the_rest_goes_on(result: dict) -> None:
+    assert list(result["failed"]) == ["broken.wav"] and "broken.wav" in result["failed"]["broken.wav"]
+    assert result["conventions"]["norm"] == "dedup_ref" and result["conventions"]["agg"] == "mean"
+
+
+class Words(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.words.append(data)
+
+
+def test_the_page_holds_everything(result: dict, tmp_path: Path) -> None:
+    renamed = {**result, "tokenizers": {"<b>": result["tokenizers"]["mfcc-k100"]}}
+    page = write_report(renamed, tmp_path / "report").read_text()
+    parsed = Words()
+    parsed.feed(page)
+    assert not parsed.open and "<b>" in parsed.words
+    text = " ".join(parsed.words)
+    assert f"{result['tokenizers']['mfcc-k100']['ued']['noise']:.1f}" in text
+    for words in ("runs of the clean sequence", "seed 3", "noise: 5 to 15 dB", "Chance"):
+        assert words in text
+    assert (tmp_path / "report" / "ued.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_intervals_cover_the_mean_of_many_samples() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        lengths = generator.integers(20, 60, 60)
+        edits = generator.binomial(lengths, 0.3)
+        low, high = interval(edits, lengths, "pooled", resamples=300, seed=trial)
+        covered += low <= 30 <= high
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_aggregates_are_those_of_the_distance() -> None:
+    generator = np.random.default_rng(1)
+    pairs = [[generator.integers(0, 9, 30) for _ in range(5)] for _ in range(2)]
+    for norm in ("dedup_ref", "frames", "max_len"):
+        for agg in ("mean", "pooled"):
+            assert aggregate(*distances(*pairs, norm), agg) == unit_edit_distance(*pairs, norm=norm, agg=agg)
+
+
+def test_unusable_options_are_refused(folder: Path, constant: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a name twice"):
+        invariance.evaluate(folder, [constant, constant])
+    with pytest.raises(InputError, match="codebooks"):
+        invariance.evaluate(folder, [constant], codebook=1)
+    with pytest.raises(InputError, match="nois"):
+        invariance.evaluate(folder, [constant], families=("nois",), curve_files=0)
+    with pytest.raises(InputError, match="at least one family"):
+        invariance.evaluate(folder, [constant], families=())
+    (tmp_path / "no.wav").write_bytes(b"no sound")
+    with pytest.raises(InputError, match="nothing could be measured"):
+        invariance.evaluate(tmp_path, [constant])
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "invariance", str(folder), "-t", "mfcc-k100", "--family", "noise", "--curve-files", "0"]
+    command += ["--json", str(tmp_path / "ued.json"), "--report", str(tmp_path / "page"), "--log", "plain"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 3, done.output  # a broken file
+    found = json.loads((tmp_path / "ued.json").read_text())["tokenizers"]["mfcc-k100"]
+    assert isinstance(found["ued"]["noise"], float) and len(found["ued_ci"]["noise"]) == 2
+    assert f"{found['ued']['noise']:.1f}" in done.output and "broken.wav" in done.output
+    assert (tmp_path / "page" / "report.html").exists() and not (tmp_path / "page" / "ued.png").exists()
+    assert torch.is_grad_enabled()
