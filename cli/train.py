@@ -149,7 +149,8 @@ def invariant(
         str | None, typer.Option(help="Sound on which edit distances are watched, and by which rounds end.")
     ] = None,
     noise: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Noises: sound files, or metadata.jsonl; default the shipped ones.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Noises: sound files, or metadata.jsonl; default shipped ones."),
     ] = None,
     rir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Room responses, likewise; default simulated rooms.")

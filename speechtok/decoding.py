@@ -36,8 +36,8 @@ def check_parts(name: str, encoder: Encoder, quantizer: Quantizer, decoder: Deco
     """
     if not quantizer.invertible:
         raise FormatError(
-            f"{name}: units of this {quantizer.type} quantizer do not tell whole frames, which a decoder needs; leave the "
-            "decoder out"
+            f"{name}: units of this {quantizer.type} quantizer do not tell whole frames, which a decoder needs; "
+            "leave the decoder out"
         )
     facts = [
         ("frame size", quantizer.dim, decoder.dim),

@@ -340,7 +340,9 @@ def test_rounds_make_a_tokenizer(recipe: Path, sounds: Path, tokenizer: Path, tm
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     # The second call changes nothing; another tokenizer is refused.
     before = (run / "round-2" / "metrics.jsonl").read_bytes()
-    assert Tokenizer.load(train_invariant(recipe, tokenizer, sounds, run, name="steady")).fingerprint == made.fingerprint
+    assert (
+        Tokenizer.load(train_invariant(recipe, tokenizer, sounds, run, name="steady")).fingerprint == made.fingerprint
+    )
     assert (run / "round-2" / "metrics.jsonl").read_bytes() == before
     with pytest.raises(OutputError, match="another train, tokenizer"):
         train_invariant(recipe, "mfcc-k100", sounds, run, changes={"objective.neighbours": 0})
@@ -363,9 +365,7 @@ def test_a_killed_run_goes_on_to_the_same_units(
             raise Killed
 
     with pytest.raises(Killed):
-        train_invariant(
-            recipe, tokenizer, sounds, tmp_path / "cut", changes={"objective.rounds": 1}, on_event=until
-        )
+        train_invariant(recipe, tokenizer, sounds, tmp_path / "cut", changes={"objective.rounds": 1}, on_event=until)
     assert (tmp_path / "cut" / "round-1" / loop.CHECKPOINT).exists()
     again = train_invariant(recipe, tokenizer, sounds, tmp_path / "cut", changes={"objective.rounds": 1})
     assert Tokenizer.load(again).fingerprint == Tokenizer.load(whole).fingerprint
@@ -393,9 +393,13 @@ def test_what_is_no_progress() -> None:
     assert "did not fall" in invariant._worse(good, {"ued": 50.0, "perplexity": 90.0})
 
 
-def test_unusable_recipes_and_tokenizers_are_refused(recipe: Path, sounds: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_unusable_recipes_and_tokenizers_are_refused(
+    recipe: Path, sounds: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     def run(name: str | Path = tokenizer, **changes) -> None:
-        train_invariant(recipe, name, sounds, tmp_path / "run", changes={k.replace("__", "."): v for k, v in changes.items()})
+        train_invariant(
+            recipe, name, sounds, tmp_path / "run", changes={k.replace("__", "."): v for k, v in changes.items()}
+        )
 
     for changes, words in (
         ({"objective__method": "gan"}, "known are ctc and nast"),

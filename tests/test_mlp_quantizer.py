@@ -56,9 +56,9 @@ def test_margins_of_a_single_map_are_tight() -> None:
     logits = quantizer.mlp(x.double())
     for frame in range(30):
         a = int(codes.ids[0, 0, frame])
-        gaps = torch.stack([
-            (logits[0, frame, a] - logits[0, frame, b]) / (weight[a] - weight[b]).norm() for b in range(9) if b != a
-        ])
+        gaps = torch.stack(
+            [(logits[0, frame, a] - logits[0, frame, b]) / (weight[a] - weight[b]).norm() for b in range(9) if b != a]
+        )
         assert float(codes.margins[0, frame]) == pytest.approx(float(gaps.min() / x[0, frame].norm()), rel=1e-5)
 
 

@@ -1,7 +1,7 @@
 """Units from a small network on single frames: the frozen form of augmentation-invariant quantizers."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,14 @@ class UnitMlp(nn.Module):
         """Logits of frames, float [..., D] -> [..., K]; in float64 where the frames are."""
         kind = frames.dtype
         x = (frames - self.mean.to(kind)) / self.scale.to(kind)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.maps):
             x = F.linear(F.relu(x) if index else x, layer.weight.to(kind), layer.bias.to(kind))
         return x
+
+    @property
+    def maps(self) -> list[nn.Linear]:
+        """The linear maps in order."""
+        return cast(list[nn.Linear], list(self.layers))
 
 
 class MlpQuantizer(Quantizer):
@@ -70,7 +75,7 @@ class MlpQuantizer(Quantizer):
     def __init__(self, mlp: UnitMlp) -> None:
         super().__init__()
         self.mlp = mlp
-        last = mlp.layers[-1].weight
+        last = mlp.maps[-1].weight
         self.vocab_size, self.dim = last.shape[0], len(mlp.mean)
         if not all(bool(torch.isfinite(value).all()) for value in mlp.state_dict().values()):
             raise FormatError("the quantizer's weights hold NaN or infinite values")
@@ -78,7 +83,7 @@ class MlpQuantizer(Quantizer):
             raise FormatError("the scale of the standardisation must be positive in every dimension")
         with torch.no_grad():
             gain = 1 / mlp.scale.double().min()
-            for layer in list(mlp.layers)[:-1]:
+            for layer in mlp.maps[:-1]:
                 gain = gain * torch.linalg.matrix_norm(layer.weight.double(), 2)
             rows = last.double()
             # Derived, so not saved: by how much a frame must move at least for each unit of difference [K, K].
@@ -86,7 +91,7 @@ class MlpQuantizer(Quantizer):
             self.register_buffer("reach", reach.clamp_min(torch.finfo(torch.float64).tiny), persistent=False)
 
     def config_dict(self) -> dict[str, Any]:
-        hidden = [layer.out_features for layer in list(self.mlp.layers)[:-1]]
+        hidden = [layer.out_features for layer in self.mlp.maps[:-1]]
         return {"units": self.vocab_size, "dim": self.dim, "hidden": hidden}
 
     @staticmethod

@@ -59,8 +59,9 @@ class AugmentedFrames(Items):
         return self.cut(item, version, 0, int(self.lengths[item]), neighbours)
 
     def cut(self, item: int, version: int, first: int, count: int, neighbours: int = 0) -> NDArray[np.float32]:
-        """Frames of a version that stand for clean frames ``[first, first + count)``: float32 [n, (2 neighbours + 1) D].
+        """Frames of a version that stand for clean frames ``[first, first + count)``.
 
+        Float32 [n, (2 neighbours + 1) D].
         In a stretched version that is the same share of the item. Each frame is joined with so many neighbours on each
         side, as `W2vBertConfig` says; at the ends of an item the last frame there is stands for those beyond.
         """
@@ -135,7 +136,8 @@ class AugmentedFrames(Items):
             return [features[row, :count] for row, count in enumerate(counts)]
 
         settings = {
-            "encoder": describe_encoder(encoder), "drawn": [list(one) for one in drawn], "resources": resources_identity,
+            "encoder": describe_encoder(encoder), "drawn": [list(one) for one in drawn],
+            "resources": resources_identity,
         }  # fmt: skip
         frames, starts, lengths, known = store(
             source, folder, "frames.f16", settings, grid=encoder.grid, dtype=np.float16, dim=encoder.dim,

@@ -5,8 +5,8 @@ augmented sound is to give the same sequence, by CTC: how the two time axes corr
 teacher learns. The next round takes the student as its teacher.
 
 Departure: there is no blank. Targets hold no repeats, so none is needed; without one every frame has a unit and the
-network is a quantizer like any other. A blank would leave most frames without a unit: durations would have to be guessed,
-and a stream would have to wait for the next unit. It also learned less here (docs/measurements.md).
+network is a quantizer like any other. A blank would leave most frames without a unit: durations would have to be
+guessed, and a stream would have to wait for the next unit. It also learned less here (docs/measurements.md).
 """
 
 from collections.abc import Iterable

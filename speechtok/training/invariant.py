@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -135,7 +135,8 @@ def train_invariant(
     common = {key: value for key, value in chosen.objective.items() if key in names}
     config = section(InvariantConfig, common, "objective")
     own = {key: value for key, value in chosen.objective.items() if key not in names}
-    settings = section(CtcConfig if config.method == "ctc" else NastConfig, own, "objective")
+    settings: CtcConfig | NastConfig
+    settings = section(CtcConfig, own, "objective") if config.method == "ctc" else section(NastConfig, own, "objective")
     first = load(str(tokenizer))
     if first.segmenter is not None or first.codebooks != 1:
         raise InputError(f"{first.name}: units of single frames with one codebook are needed")
@@ -151,7 +152,7 @@ def train_invariant(
         same_beginning(folder, begun)
     statistics = _statistics(sound, config.neighbours, chosen.run.seed)
     teacher: Quantizer = first.quantizer
-    table = [{"round": 0, **_measured(teacher, watched)}]
+    table: list[dict[str, Any]] = [{"round": 0, **_measured(teacher, watched)}]
     for number in range(1, config.rounds + 1):
         torch.manual_seed(chosen.run.seed + number)
         objective: CtcObjective | NastObjective
@@ -162,7 +163,7 @@ def train_invariant(
         objective.standardize(*statistics)
 
         def probe(trained: nn.Module) -> dict[str, float]:
-            return _measured(MlpQuantizer(trained.mlp), watched)
+            return _measured(MlpQuantizer(cast(CtcObjective | NastObjective, trained).mlp), watched)
 
         train(
             objective, chosen, sound, folder / f"round-{number}", held_out=watched, probe=probe, device=device,
@@ -182,9 +183,7 @@ def train_invariant(
         "recipe": Path(recipe).stem, "tokenizer": first.name, "tokenizer fingerprint": first.fingerprint,
         "method": config.method, "rounds": table, "seed": chosen.run.seed, "encoder": first.training.get("encoder"),
     }  # fmt: skip
-    made = Tokenizer(
-        wider, teacher, name=name, window=first.window, licence=first.licence, training=training
-    )
+    made = Tokenizer(wider, teacher, name=name, window=first.window, licence=first.licence, training=training)
     return made.save(folder / "tokenizer")
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -194,9 +193,7 @@ class NastObjective(nn.Module):
 
 
 def _blocks(config: NastConfig, count: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        ConformerBlock(config.width, config.heads, config.inner, config.kernel) for _ in range(count)
-    )
+    return nn.ModuleList(ConformerBlock(config.width, config.heads, config.inner, config.kernel) for _ in range(count))
 
 
 def resized(rows: Tensor, lengths: Tensor, wanted: Tensor, frames: int) -> Tensor:
