@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 import speechtok
 from speechtok.audio.decode import load
 from speechtok.audio.lossy import packet_sizes, through_opus
+from speechtok.codecs.lipcot import LipcotWaves
 from speechtok.codecs.seanet import SeanetWaves
+from speechtok.encoders.lipcot import LipcotConfig, LipcotEncoder
 from speechtok.encoders.seanet import SeanetFrames
 from speechtok.errors import FormatError, InputError, OutputError
 from speechtok.evaluation.codec import evaluate
 from speechtok.evaluation.spectrograms import draw_spectrograms
 from speechtok.frames import FrameGrid
 from speechtok.nn.seanet import SeanetConfig
+from speechtok.quantizers.kmeans import KMeans
 from speechtok.quantizers.residual import ResidualQuantizer
 from speechtok.tokenizer import Tokenizer
 from speechtok.units import Units
@@ -154,6 +157,16 @@ def test_what_comes_back_exactly_has_no_ratio(folder: Path, tmp_path: Path) -> N
     assert "inf" in reason and "si_sdr" not in found["rows"][0]["figures"]
     assert found["rows"][0]["figures"]["mel_distance"]["mean"] == 0.0
     json.dumps(found, allow_nan=False)
+
+
+def test_frames_that_end_early_are_filled_up(folder: Path, tmp_path: Path) -> None:
+    config = LipcotConfig(sample_rate=RATE, window=700, hop=100, order=4)  # the last 699 samples may have no frame
+    centroids = np.random.default_rng(0).normal(size=(8, config.dim))
+    whispering = Tokenizer(LipcotEncoder(config), KMeans(centroids), decoder=LipcotWaves(config), name="whispering")
+    wave = load(folder / "c.wav", RATE)
+    soundfile.write(tmp_path / "a.wav", wave[: 700 + 20 * 100 + 99], RATE, subtype="FLOAT")
+    (row,) = evaluate(tmp_path / "a.wav", whispering, (1,), speech=False, opus=())["rows"]
+    assert row["figures"]["si_sdr"]["files"] == 1 and row["bitrate"] == 240 * 3
 
 
 def test_limits_and_mistakes(folder: Path, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def _codec(row: _Row, codec: Tokenizer, wave: Wave) -> Wave:
     row.decoding += time.perf_counter() - middle
     row.seconds += len(wave) / codec.sample_rate
     row.ids.append(np.atleast_2d(units.ids))
-    return _fitted(decoded, wave, codec.encoder.hop)
+    return _fitted(decoded, wave, codec.encoder.grid.receptive_field)
 
 
 def _opus(row: _Row, wave: Wave, rate: int) -> Wave:
@@ -221,10 +221,10 @@ def _opus(row: _Row, wave: Wave, rate: int) -> Wave:
     return _fitted(decoded, wave, 1)
 
 
-def _fitted(decoded: Wave, wave: Wave, hop: int) -> Wave:
-    """Fill up with zeros what a codec without a last partial frame leaves out, less than a hop."""
+def _fitted(decoded: Wave, wave: Wave, field: int) -> Wave:
+    """Fill up with zeros what a codec without a last partial frame leaves out, less than what a frame reads."""
     missing = len(wave) - len(decoded)
-    if not 0 <= missing < hop:
+    if not 0 <= missing < field:
         raise InputError(f"{len(wave)} samples came back as {len(decoded)}; the codec does not keep time")
     return np.pad(decoded, (0, missing))
 
