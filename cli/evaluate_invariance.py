@@ -50,6 +50,9 @@ def invariance(
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     limit_files: Limit = None,
     curve_files: Annotated[int, typer.Option(min=0, help="Files for distances against strength; 0: no curves.")] = 40,
+    complexity_files: Annotated[
+        int, typer.Option(min=0, help="Files for augmentation complexity, frames and units; 0: none.")
+    ] = 0,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report.html and the plot ued.png into this folder.")
     ] = None,
@@ -68,7 +71,8 @@ def invariance(
     with progress(log) as tell:
         result = run(
             folder, chosen, families=family or FAMILIES, resources=resources, seed=seed, norm=norm.value, agg=agg.value,
-            codebook=codebook, limit_files=limit_files, curve_files=curve_files, on_event=tell,
+            codebook=codebook, limit_files=limit_files, curve_files=curve_files, complexity_files=complexity_files,
+            on_event=tell,
         )  # fmt: skip
     result["conventions"] |= {"noise": str(noise or "shipped"), "rir": str(rir or "simulated"), "split": split}
     write_json(json_file, result)
@@ -98,3 +102,18 @@ def _show(folder: str, result: dict[str, Any]) -> None:
         ["tokenizer", *said["families"], "pad", "delay", "chance", "units/s", "used"],
         rows,
     )
+    if "complexity" in next(iter(result["tokenizers"].values())):
+        print_table(
+            f"Augmentation complexity in bits ({said['complexity']}); more is better, ! says no more than at least",
+            ["tokenizer", "units", "frames", "most"],
+            [
+                [name, *(_bits(one["complexity"][part]) for part in ("units", "frames")),
+                 round(one["complexity"]["units"]["most_bits"], 1)]
+                for name, one in result["tokenizers"].items()
+            ],
+        )  # fmt: skip
+
+
+def _bits(found: dict[str, Any]) -> str:
+    low, high = found["ci"]
+    return f"{found['bits']:.2f} [{low:.2f}, {high:.2f}]" + (" !" if found["saturated"] else "")

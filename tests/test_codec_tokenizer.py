@@ -29,6 +29,7 @@ from speechtok.frames import FrameGrid, WindowRule
 from speechtok.nn.residual_vq import ResidualVQ
 from speechtok.nn.seanet import SeanetConfig, SeanetDecoder, SeanetEncoder
 from speechtok.quantizers.kmeans import KMeans
+from speechtok.quantizers.mlp import MlpQuantizer, UnitMlp
 from speechtok.quantizers.residual import ResidualQuantizer
 from speechtok.segmenters import Greedy
 from speechtok.tokenizer import Tokenizer
@@ -403,8 +404,12 @@ def test_parts_that_do_not_fit(causal):
         with pytest.raises(FormatError, match=message):
             Tokenizer(causal.encoder, quantizer, decoder=decoder, name="x")
     directions = KMeans(np.eye(16, dtype=np.float32), spherical=True)
-    with pytest.raises(FormatError, match="direction of a frame only"):
-        Tokenizer(causal.encoder, directions, decoder=causal.decoder, name="x")
+    torch.manual_seed(0)
+    for quantizer in (directions, MlpQuantizer(UnitMlp(16, (4,), 3))):
+        with pytest.raises(FormatError, match="do not tell whole frames"):
+            Tokenizer(causal.encoder, quantizer, decoder=causal.decoder, name="x")
+        with pytest.raises(FormatError, match="frame"):
+            quantizer.decode(torch.zeros(1, 1, 4, dtype=torch.int32))
     for encoder, decoder in ((causal.encoder, causal.decoder), (codec(**PUBLISHED).encoder, None)):
         with pytest.raises(FormatError, match="segments"):
             Tokenizer(encoder, ResidualQuantizer(np.ones((1, 2, 16))), segmenter=Greedy(), decoder=decoder, name="x")

@@ -18,6 +18,7 @@ from speechtok.audio.decode import load
 from speechtok.encoders.mfcc import MfccEncoder
 from speechtok.errors import InputError
 from speechtok.evaluation import invariance
+from speechtok.evaluation.complexity import complexity
 from speechtok.evaluation.invariance_report import write_report
 from speechtok.metrics.edit_distance import aggregate, distances, interval, unit_edit_distance
 from speechtok.quantizers.kmeans import KMeans
@@ -120,6 +121,23 @@ def test_the_page_holds_everything(result: dict, tmp_path: Path) -> None:
     for words in ("runs of the clean sequence", "seed 3", "noise: 5 to 15 dB", "Chance"):
         assert words in text
     assert (tmp_path / "report" / "ued.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_complexity_of_units_and_frames(constant: Tokenizer) -> None:
+    # Utterances that are easily told apart: tones of their own, which no family moves far.
+    time = np.arange(16000) / 16000
+    waves = [0.3 * np.sin(2 * np.pi * 150 * 1.25**number * time).astype(np.float32) for number in range(16)]
+    settings = {"families": ("noise", "stretch"), "resources": AugmentResources.default()}
+    keys = [f"tone {number}" for number in range(16)]
+    clear = complexity(waves, keys, speechtok.load("mfcc-k100"), **settings)
+    for part in ("units", "frames"):
+        found = clear[part]
+        assert found["most_bits"] == 4 and 2 < found["bits"] <= 4
+        assert [count for count, _ in found["by_utterances"]] == [4, 8, 16]
+        assert found["by_utterances"][-1][1] == found["bits"]
+    assert complexity(waves, keys, constant, **settings)["units"]["bits"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InputError, match="at least 16"):
+        complexity(waves[:15], keys[:15], constant, **settings)
 
 
 def test_intervals_cover_the_mean_of_many_samples() -> None:

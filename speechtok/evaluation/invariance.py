@@ -22,6 +22,7 @@ from speechtok.audio.rooms import SimulatedRooms
 from speechtok.corpus.engine import Event
 from speechtok.corpus.sources import Utterance, scan
 from speechtok.errors import InputError, SpeechtokError
+from speechtok.evaluation.complexity import SECONDS, VIEWS, complexity
 from speechtok.metrics import edit_distance, phonetic
 from speechtok.metrics.edit_distance import Agg, Norm
 from speechtok.tokenizer import Tokenizer
@@ -64,6 +65,7 @@ def evaluate(
     codebook: int = 0,
     limit_files: int | None = None,
     curve_files: int = 40,
+    complexity_files: int = 0,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> dict[str, Any]:
     """Measure tokenizers on the same sounds with the same draws.
@@ -89,6 +91,8 @@ def evaluate(
     curve_files : int
         So many files, evenly spread, for distances against strength (`CURVES`); 0: none. Curves of reverberation are
         of simulated rooms.
+    complexity_files : int
+        So many files, evenly spread, for augmentation complexity, see `speechtok.evaluation.complexity`; 0: none.
     on_event : callable
         Progress in files times versions.
 
@@ -97,8 +101,8 @@ def evaluate(
     dict
         ``tokenizers``: by name, ``ued``, ``ued_ci`` (95 %, bootstrap over utterances), ``edits_per_second`` and
         ``run_ratio`` by family, ``chance``, ``floor``, ``units_per_second``, ``runs_per_second``, ``vocab_used``,
-        ``vocab_size``, ``perplexity``, ``collapsed``, ``curves``; ``failed``: files that could not be measured, and
-        why; ``conventions``.
+        ``vocab_size``, ``perplexity``, ``collapsed``, ``curves``, ``complexity``; ``failed``: files that could not be
+        measured, and why; ``conventions``.
 
     Raises
     ------
@@ -113,7 +117,7 @@ def evaluate(
             raise InputError(
                 f"{tokenizer.name} has {tokenizer.quantizer.codebooks} codebooks; there is none {codebook}"
             )
-    if not families or curve_files < 0 or (limit_files is not None and limit_files < 1):
+    if not families or min(curve_files, complexity_files) < 0 or (limit_files is not None and limit_files < 1):
         raise InputError("give at least one family, and numbers of files that are not negative")
     edit_distance.validate([np.zeros(1, int)], [np.zeros(1, int)], norm, agg)
     listing = scan(str(folder))
@@ -128,7 +132,8 @@ def evaluate(
     }  # fmt: skip
     curve_resources = AugmentResources(resources.noises, SimulatedRooms(), resources.legacy_half_snr)
     curve_chosen = _spread(chosen, curve_files) if curved else []
-    total = len(tokenizers) * (len(chosen) * (3 + len(plain)) + len(curve_chosen) * len(curved))
+    told_apart = _spread(chosen, complexity_files)
+    total = len(tokenizers) * (len(chosen) * (3 + len(plain)) + len(curve_chosen) * len(curved) + len(told_apart))
     done = 0
 
     def tell(count: int) -> None:
@@ -147,6 +152,10 @@ def evaluate(
         figures["curves"] = {
             family: _curve(bent, family, norm, agg) for family in families if bent and family in CURVES
         }
+        if told_apart:
+            figures["complexity"] = _complexity(
+                told_apart, tokenizer, codebook, families, resources, seed, failed, tell
+            )
         result[tokenizer.name] = figures
     return {
         "data": Path(folder).resolve().name,
@@ -160,6 +169,7 @@ def evaluate(
             "snr": "half of the nominal one (legacy)" if resources.legacy_half_snr else "exact",
             "curve_files": len(curve_chosen), "curve_rooms": "simulated",
             "floor": {"pad": "one frame of silence behind", "delay": f"{1000 * _DELAY_SECONDS:g} ms in front"},
+            "complexity": f"middle {SECONDS:g} s of {len(told_apart)} files, {VIEWS} measured views of each",
             "chance": "clean units of each utterance against those of another one",
         },
     }  # fmt: skip
@@ -228,6 +238,24 @@ def _hear(
                 row.changed[name] = units
             tell(len(batch))
         yield from heard
+
+
+def _complexity(
+    utterances: Sequence[Utterance],
+    tokenizer: Tokenizer,
+    codebook: int,
+    families: Sequence[str],
+    resources: AugmentResources,
+    seed: int,
+    failed: dict[str, str],
+    tell: Callable[[int], None],
+) -> dict[str, Any]:
+    heard = [utterance for utterance in utterances if utterance.path not in failed]
+    waves = [load(utterance.open(), tokenizer.sample_rate, utterance.path) for utterance in heard]
+    return complexity(
+        waves, [utterance.key for utterance in heard], tokenizer, families=families, resources=resources, seed=seed,
+        codebook=codebook, on_utterance=lambda: tell(1),
+    )  # fmt: skip
 
 
 def _figures(

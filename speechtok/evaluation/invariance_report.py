@@ -125,6 +125,10 @@ def _page(result: dict[str, Any], picture: str) -> str:
     ranges = "; ".join(
         f"{family}: {one['low']:g} to {one['high']:g} {one['unit']}" for family, one in said["ranges"].items()
     )
+    apart = [
+        [name, *(_with_interval(*_bits(one["complexity"][part])) for part in ("units", "frames"))]
+        for name, one in tokenizers.items() if "complexity" in one
+    ]  # fmt: skip
     notes = [
         f"{result['files']} files of {html.escape(result['data'])}, one draw for each file and family, "
         f"seed {said['seed']}; every tokenizer hears the same sounds.",
@@ -137,6 +141,12 @@ def _page(result: dict[str, Any], picture: str) -> str:
     ]
     if picture:
         notes.append(f"Curves: {said['curve_files']} of the files; rooms are simulated; bands are 95 % intervals.")
+    if apart:
+        notes.append(
+            f"Augmentation complexity: {said['complexity']}; log2 of the 99th percentile of K(x, x), at most "
+            f"{next(iter(tokenizers.values()))['complexity']['units']['most_bits']:.1f} bits, where it says no more "
+            "than at least. More is better: utterances stay apart."
+        )
     if result["failed"]:
         notes.append(f"{len(result['failed'])} files could not be measured.")
     image = f'<img alt="unit edit distance against strength" src="data:image/png;base64,{picture}">' if picture else ""
@@ -169,6 +179,7 @@ small {{ color: #666; }} img {{ max-width: 100%; }} li {{ margin: .3rem 0; }} .w
             use,
         )
     }
+{"<h2>Augmentation complexity (bits)</h2>" + _table(["tokenizer", "units", "frames"], apart) if apart else ""}
 <h2>Conventions</h2>
 <ul>{"".join(f"<li>{note}</li>" for note in notes)}</ul>
 </body></html>
@@ -181,6 +192,10 @@ _NORMS = {
     "max_len": "the runs of the longer sequence",
 }
 _AGGS = {"mean": "mean of the ratios of utterances", "pooled": "edits and lengths pooled over utterances"}
+
+
+def _bits(found: dict[str, Any]) -> tuple[float, Sequence[float]]:
+    return found["bits"], found["ci"]
 
 
 def _with_interval(value: float, ends: Sequence[float]) -> str:

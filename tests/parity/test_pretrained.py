@@ -490,7 +490,7 @@ def test_bad_shard_indices(index, message, tmp_path):
 
 def test_builds_by_type():
     assert build("hubert", {}, 0).dim == 768
-    with pytest.raises(UnknownNameError, match="cqt, hubert, mfcc, seanet, w2v_bert, wavlm"):
+    with pytest.raises(UnknownNameError, match="cqt, hubert, lipcot, mfcc, seanet, w2v_bert, wavlm"):
         build("hubrt", {}, None)
     with pytest.raises(CheckpointError, match="unknown fields colour"):
         build("hubert", {"colour": 1}, None)
