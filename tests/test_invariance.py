@@ -166,6 +166,8 @@ def test_unusable_options_are_refused(folder: Path, constant: Tokenizer, tmp_pat
         invariance.evaluate(folder, [constant], codebook=1)
     with pytest.raises(InputError, match="nois"):
         invariance.evaluate(folder, [constant], families=("nois",), curve_files=0)
+    with pytest.raises(InputError, match="complexity of 4 files: at least 16"):
+        invariance.evaluate(folder, [constant], complexity_files=20)
     with pytest.raises(InputError, match="at least one family"):
         invariance.evaluate(folder, [constant], families=())
     (tmp_path / "no.wav").write_bytes(b"no sound")

@@ -386,6 +386,15 @@ def test_rounds_that_are_no_progress_are_left_out(
         train_invariant(recipe, tokenizer, sounds, tmp_path / "none")
 
 
+def test_rooms_without_a_validation_split_are_those_of_training(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.r_[1.0, np.zeros(99)], 16000)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"path": "a.wav", "split": "train", "room": "hall"}) + "\n")
+    rooms = invariant._resources(None, tmp_path, "valid").rooms
+    assert rooms.draw(np.random.default_rng(0), 16000)[1] == {"clip": "a.wav"}
+    with pytest.raises(InputError, match="no folder"):
+        invariant._resources(None, tmp_path / "none", "valid")
+
+
 def test_what_is_no_progress() -> None:
     good = {"ued": 50.0, "perplexity": 90.0}
     assert invariant._worse(good, {"ued": 45.0, "perplexity": 82.0}) == ""

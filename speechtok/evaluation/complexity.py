@@ -13,13 +13,13 @@ from speechtok.frame_units import frames_of
 from speechtok.metrics.augmentation_complexity import augmentation_complexity, gaussian_scores, unigram_scores
 from speechtok.tokenizer import Tokenizer
 
-__all__ = ["SECONDS", "VIEWS", "complexity"]
+__all__ = ["LEAST", "SECONDS", "VIEWS", "complexity"]
 
 SECONDS = 2.0  # of each utterance: all views are about equally long
 VIEWS = (
     8  # of each utterance for the model of the posterior, as many for its temperature, and as many that are measured
 )
-_LEAST = 16  # utterances
+LEAST = 16  # utterances
 
 
 def complexity(
@@ -62,8 +62,8 @@ def complexity(
     InputError
         If there are fewer than 16 utterances.
     """
-    if len(waves) < _LEAST:
-        raise InputError(f"augmentation complexity of {len(waves)} utterances: at least {_LEAST} are needed")
+    if len(waves) < LEAST:
+        raise InputError(f"augmentation complexity of {len(waves)} utterances: at least {LEAST} are needed")
     rate = tokenizer.sample_rate
     units: list[list[NDArray[np.int32]]] = []
     means: list[NDArray[np.float64]] = []

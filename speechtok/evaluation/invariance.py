@@ -22,7 +22,7 @@ from speechtok.audio.rooms import SimulatedRooms
 from speechtok.corpus.engine import Event
 from speechtok.corpus.sources import Utterance, scan
 from speechtok.errors import InputError, SpeechtokError
-from speechtok.evaluation.complexity import SECONDS, VIEWS, complexity
+from speechtok.evaluation.complexity import LEAST, SECONDS, VIEWS, complexity
 from speechtok.metrics import edit_distance, phonetic
 from speechtok.metrics.edit_distance import Agg, Norm
 from speechtok.tokenizer import Tokenizer
@@ -133,6 +133,8 @@ def evaluate(
     curve_resources = AugmentResources(resources.noises, SimulatedRooms(), resources.legacy_half_snr)
     curve_chosen = _spread(chosen, curve_files) if curved else []
     told_apart = _spread(chosen, complexity_files)
+    if complexity_files and len(told_apart) < LEAST:  # now, not after everything else
+        raise InputError(f"augmentation complexity of {len(told_apart)} files: at least {LEAST} are needed")
     total = len(tokenizers) * (len(chosen) * (3 + len(plain)) + len(curve_chosen) * len(curved) + len(told_apart))
     done = 0
 

@@ -209,7 +209,7 @@ def _heard(
     device: str,
     on_event: Callable[[Event], None],
 ) -> AugmentedFrames:
-    resources = AugmentResources.from_folders(noise, rooms, "train" if split == "train" else "valid")
+    resources = _resources(noise, rooms, "train" if split == "train" else "valid")
     frames = AugmentedFrames.build(
         source, encoder, folder / "frames" / split, families=config.families, resources=resources,
         resources_identity=f"noise {noise}, rooms {rooms}", copies=config.copies, device=device, on_event=on_event,
@@ -217,6 +217,22 @@ def _heard(
     if frames.failed:
         logger.warning("%s: %d files were left out; the first: %s", split, len(frames.failed), frames.failed[0])
     return frames
+
+
+def _resources(
+    noise: str | os.PathLike[str] | None, rooms: str | os.PathLike[str] | None, split: str
+) -> AugmentResources:
+    """Noises and rooms of a split; of train where a listing has none of it."""
+
+    def given(noise: str | os.PathLike[str] | None, rooms: str | os.PathLike[str] | None) -> AugmentResources:
+        try:
+            return AugmentResources.from_folders(noise, rooms, split)
+        except InputError:
+            if split == "train":
+                raise
+            return AugmentResources.from_folders(noise, rooms, "train")
+
+    return AugmentResources(given(noise, None).noises, given(None, rooms).rooms)
 
 
 def _statistics(sound: AugmentedFrames, neighbours: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
