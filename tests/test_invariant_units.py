@@ -16,7 +16,7 @@ from speechtok.audio.decode import load
 from speechtok.encoders.mfcc import MfccEncoder
 from speechtok.encoders.w2v_bert import W2vBertEncoder
 from speechtok.encoders.w2v_bert_config import W2vBertConfig
-from speechtok.errors import InputError, OutputError
+from speechtok.errors import FormatError, InputError, OutputError
 from speechtok.quantizers.kmeans import KMeans
 from speechtok.quantizers.mlp import MlpQuantizer
 from speechtok.tokenizer import Tokenizer
@@ -72,7 +72,8 @@ def tokenizer(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = W2vBertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_depthwise_kernel_size=3,
-        normalization="stored", attention_chunk=8, attention_past=8, look_ahead=3, smoothing=3,
+        normalization="stored", attention_chunk=8, attention_past=8, look_ahead=3, smoothing=3, projected_layer=1,
+        projection_size=8,
     )  # fmt: skip
     encoder = W2vBertEncoder(config).eval()
     encoder.feature_mean += 10.0
@@ -329,7 +330,7 @@ def test_rounds_make_a_tokenizer(recipe: Path, sounds: Path, tokenizer: Path, tm
     table = json.loads((run / "rounds.json").read_text())
     assert [row["round"] for row in table] == [0, 1, 2] and made.training["rounds"] == table
     assert made.name == "steady" and made.vocab_size == 12 and isinstance(made.quantizer, MlpQuantizer)
-    assert made.encoder.config.neighbours == 1 and made.quantizer.dim == 3 * 16
+    assert made.encoder.config.neighbours == 1 and made.quantizer.dim == 3 * 8
     assert made.encoder.state_dict().keys() == Tokenizer.load(tokenizer).encoder.state_dict().keys()
     # It streams exactly, as the one it came from.
     wave = load(sorted(sounds.glob("*.flac"))[0], 16000)
@@ -346,6 +347,30 @@ def test_rounds_make_a_tokenizer(recipe: Path, sounds: Path, tokenizer: Path, tm
     assert (run / "round-2" / "metrics.jsonl").read_bytes() == before
     with pytest.raises(OutputError, match="another train, tokenizer"):
         train_invariant(recipe, "mfcc-k100", sounds, run, changes={"objective.neighbours": 0})
+
+
+def test_frames_before_smoothing_and_projection(
+    recipe: Path, sounds: Path, tokenizer: Path, tmp_path: Path, monkeypatch
+) -> None:
+    first = Tokenizer.load(tokenizer)
+    plain = invariant._other(first.encoder, 0, True)
+    wave = torch.from_numpy(load(sorted(sounds.glob("*.flac"))[0], 16000))[None]
+    with torch.inference_mode():
+        rows, wanted = plain(wave).features[0], first.quantizer(first.encoder(wave).features).ids[0, 0]
+        joined = torch.cat([rows[place : place + len(rows) - 2] for place in range(3)], 1)
+        teacher = invariant.Projected(first.encoder, first.quantizer)
+        found = teacher(joined[None]).ids[0, 0]
+    # The first frame has no left neighbour here, and the last chunk holds one position less.
+    assert rows.shape[1] == 16 and torch.equal(found[: len(rows) - 12], wanted[1 : len(rows) - 11])
+    monkeypatch.setattr(invariant, "_worse", lambda before, after: "")
+    changes = {"objective.unprojected": True}
+    made = Tokenizer.load(train_invariant(recipe, tokenizer, sounds, tmp_path / "run", changes=changes))
+    assert made.encoder.config.smoothing == 1 and not made.encoder.projects and made.quantizer.dim == 3 * 16
+    assert made.encoder.state_dict().keys() < first.encoder.state_dict().keys()
+    with pytest.raises(FormatError, match="cannot be told"):
+        teacher.decode(torch.zeros(1, 1, 1))
+    with pytest.raises(InputError, match="w2v-BERT"):
+        invariant.Projected(MfccEncoder(), first.quantizer)
 
 
 def test_a_killed_run_goes_on_to_the_same_units(
@@ -420,7 +445,7 @@ def test_unusable_recipes_and_tokenizers_are_refused(
     ):
         with pytest.raises(InputError, match=words):
             run(**changes)
-    with pytest.raises(InputError, match="cannot be joined"):
+    with pytest.raises(InputError, match="are not for frames of mfcc"):
         run("mfcc-k100")
     with pytest.raises(InputError, match="single frames"):
         run("sylber-mini", objective__neighbours=0)

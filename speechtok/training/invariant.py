@@ -11,15 +11,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from speechtok.audio.augment import FAMILIES, AugmentResources
 from speechtok.corpus.engine import Event
 from speechtok.encoders.base import Encoder
 from speechtok.encoders.w2v_bert import W2vBertEncoder
-from speechtok.errors import InputError, OutputError
+from speechtok.errors import FormatError, InputError, OutputError
 from speechtok.hub import load
-from speechtok.quantizers.base import Quantizer
+from speechtok.quantizers.base import Codes, Quantizer
 from speechtok.quantizers.mlp import MlpQuantizer
 from speechtok.tokenizer import Tokenizer, usable_device
 from speechtok.training.augmented import AugmentedFrames, identity_of
@@ -55,6 +55,9 @@ class InvariantConfig:
         Draws of each family for each sound.
     neighbours : int
         Frames on each side that the quantizer sees beside a frame, see `W2vBertConfig`; 0 for other encoders.
+    unprojected : bool
+        Read the encoder's layer before smoothing and projection, which leave out what tells augmented sound from clean
+        (w2v-BERT encoders only).
     rounds : int
         CTC only: each takes the quantizer of the one before as its teacher. Rounds end early when edit distances no
         longer fall or the perplexity of the units falls by more than a tenth; the round that showed it is left out.
@@ -64,6 +67,7 @@ class InvariantConfig:
     families: tuple[str, ...] = FAMILIES
     copies: int = 1
     neighbours: int = 0
+    unprojected: bool = False
     rounds: int = 3
 
     def __post_init__(self) -> None:
@@ -140,8 +144,8 @@ def train_invariant(
     first = load(str(tokenizer))
     if first.segmenter is not None or first.codebooks != 1:
         raise InputError(f"{first.name}: units of single frames with one codebook are needed")
-    encoder = _joined(first.encoder, 0)
-    wider = _joined(first.encoder, config.neighbours)  # refused now, not after hours
+    encoder = _other(first.encoder, 0, config.unprojected)
+    wider = _other(first.encoder, config.neighbours, config.unprojected)  # refused now, not after hours
     with one_at_a_time(folder):
         sound = _heard("train", data, encoder, config, noise, rooms, folder, device, on_event)
         watched = (
@@ -151,7 +155,8 @@ def train_invariant(
         begun = {"train": identity_of(folder / "frames" / "train"), "tokenizer": first.fingerprint}
         same_beginning(folder, begun)
     statistics = _statistics(sound, config.neighbours, chosen.run.seed)
-    teacher: Quantizer = first.quantizer
+    begin: Quantizer = Projected(first.encoder, first.quantizer) if config.unprojected else first.quantizer
+    teacher = begin
     table: list[dict[str, Any]] = [{"round": 0, **_measured(teacher, watched)}]
     for number in range(1, config.rounds + 1):
         torch.manual_seed(chosen.run.seed + number)
@@ -177,7 +182,7 @@ def train_invariant(
             break
         teacher = found
     (folder / ROUNDS).write_text(json.dumps(table, indent=2) + "\n")
-    if teacher is first.quantizer:
+    if teacher is begin:
         raise OutputError(f"{folder}: the first round made units no steadier ({table[-1]['left_out']}); train longer")
     training = {
         "recipe": Path(recipe).stem, "tokenizer": first.name, "tokenizer fingerprint": first.fingerprint,
@@ -187,14 +192,60 @@ def train_invariant(
     return made.save(folder / "tokenizer")
 
 
-def _joined(encoder: Encoder, neighbours: int) -> Encoder:
-    """The same encoder whose frames are joined with so many neighbours."""
+class Projected(Quantizer):
+    """Units of a w2v-BERT tokenizer from the frames of its layer before smoothing and projection.
+
+    Parameters
+    ----------
+    encoder : W2vBertEncoder
+    quantizer : Quantizer
+        Of the tokenizer.
+    """
+
+    type = "projected"
+    invertible = False
+
+    def __init__(self, encoder: Encoder, quantizer: Quantizer) -> None:
+        super().__init__()
+        if not isinstance(encoder, W2vBertEncoder) or encoder.config.neighbours:
+            raise InputError("[objective] unprojected is for w2v-BERT encoders whose frames are not joined")
+        self.smoothing = encoder.config.smoothing
+        self.projection = encoder.projection if encoder.projects else nn.Identity()
+        self.quantizer, self.vocab_size = quantizer, quantizer.vocab_size
+        self.dim = encoder.config.hidden_size * self.smoothing
+
+    def config_dict(self) -> dict[str, Any]:
+        return {"smoothing": self.smoothing, "quantizer": self.quantizer.config_dict()}
+
+    def forward(self, features: Tensor) -> Codes:
+        """Quantize float [B, T, smoothing D] frames, joined with the neighbours that they are smoothed over."""
+        return self.quantizer(self.projection(features.unflatten(-1, (self.smoothing, -1)).mean(-2)))
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Refuse.
+
+        Raises
+        ------
+        FormatError
+        """
+        raise FormatError("frames before smoothing and projection cannot be told from units")
+
+
+def _other(encoder: Encoder, neighbours: int, unprojected: bool) -> Encoder:
+    """The same encoder whose frames are joined with so many neighbours, or are those before smoothing and projection."""
     if not isinstance(encoder, W2vBertEncoder):
-        if neighbours:
-            raise InputError(f"[objective] neighbours is {neighbours}, but frames of {encoder.type} cannot be joined")
+        if neighbours or unprojected:
+            raise InputError(
+                f"[objective] neighbours and unprojected are not for frames of {encoder.type}; leave them out"
+            )
         return encoder
-    other = W2vBertEncoder(replace(encoder.config, neighbours=neighbours), encoder.layer)
-    other.load_state_dict(encoder.state_dict())
+    config = replace(encoder.config, neighbours=neighbours)
+    weights = encoder.state_dict()
+    if unprojected:
+        config = replace(config, smoothing=1, projected_layer=0, projection_size=0)
+        weights = {name: value for name, value in weights.items() if not name.startswith("projection.")}
+    other = W2vBertEncoder(config, encoder.layer)
+    other.load_state_dict(weights)
     return other.eval()
 
 
