@@ -1,5 +1,6 @@
 """Where augmentation takes its noises and room responses from."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -34,6 +35,11 @@ class ClipSource(Protocol):
         """
         ...
 
+    @property
+    def identity(self) -> str:
+        """Another one where other sounds can be drawn."""
+        ...
+
 
 @dataclass
 class FileClips:
@@ -63,6 +69,15 @@ class FileClips:
             members.setdefault(group, []).append(path)
         # Sorted: the order of a listing must not decide what is drawn.
         self._members = [sorted(members[group]) for group in sorted(members)]
+
+    @property
+    def identity(self) -> str:
+        """Hash of names, groups and sizes of the files; InputError if one is missing."""
+        try:
+            sized = [[(path, (self.folder / path).stat().st_size) for path in group] for group in self._members]
+        except OSError as error:
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        return hashlib.sha256(json.dumps(sized).encode()).hexdigest()[:32]
 
     def draw(self, generator: np.random.Generator, sample_rate: int) -> tuple[Wave, Report]:
         """Give a clip, float32 [n] at `sample_rate`, and its path; errors as `speechtok.audio.decode.load`."""

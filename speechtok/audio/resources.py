@@ -29,6 +29,12 @@ class AugmentResources:
     rooms: ClipSource | None = None
     legacy_half_snr: bool = False
 
+    @property
+    def identity(self) -> dict[str, str | bool | None]:
+        """What decides the draws besides family, key and seed."""
+        noises, rooms = (None if clips is None else clips.identity for clips in (self.noises, self.rooms))
+        return {"noises": noises, "rooms": rooms, "legacy_half_snr": self.legacy_half_snr}
+
     @classmethod
     def default(cls, legacy_half_snr: bool = False) -> "AugmentResources":
         """The shipped noises (``assets/noise``) and simulated rooms: needs no data folder."""

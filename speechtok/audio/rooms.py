@@ -187,6 +187,8 @@ def draw_room(generator: np.random.Generator, rt60: float | None = None) -> Shoe
 class SimulatedRooms:
     """Responses of rooms that `draw_room` draws, another one every time; a `speechtok.audio.clips.ClipSource`."""
 
+    identity = "simulated"
+
     def draw(self, generator: np.random.Generator, sample_rate: int, rt60: float | None = None) -> tuple[Wave, Report]:
         """Give a response, float32 [n] at `sample_rate` (Hz), and its ``rt60`` (s), sides and ``distance_m``.
 

@@ -36,7 +36,7 @@ class W2vBertState:
     ----------
     blocks : list of BlockState
         Of every block.
-    recent : float [B, reach, D]
+    recent : float [B, smoothing - 1, D]
         The last outputs of the last block.
     seen : int64 [B]
         Positions that were computed.
@@ -113,7 +113,6 @@ class W2vBertEncoder(Encoder):
             raise InputError(f"layer {layer}: this w2v-BERT has layers 0 to {config.num_hidden_layers}")
         self.config, self.layer = config, layer
         self.dim = config.projection_size if self.projects else config.hidden_size
-        self.dim *= 1 + 2 * config.neighbours if layer else 1
         size, eps = config.feature_projection_input_dim, config.layer_norm_eps
         if config.normalization == "stored":
             self.register_buffer("feature_mean", torch.zeros(MEL_BINS))
@@ -129,21 +128,7 @@ class W2vBertEncoder(Encoder):
             projection = OrderedDict(layer_norm=nn.LayerNorm(size, eps=eps), **projection)
         # With stored statistics nothing takes the level out of a frame, which tells silence from faint sounds.
         self.feature_projection = nn.Sequential(projection)
-        blocks = [
-            ConformerBlock(
-                config.hidden_size,
-                config.num_attention_heads,
-                config.intermediate_size,
-                config.conv_depthwise_kernel_size,
-                config.left_max_position_embeddings,
-                config.right_max_position_embeddings,
-                eps,
-                chunk=config.attention_chunk,
-                past=config.attention_past,
-            )
-            for _ in range(layer)
-        ]
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(self.new_block() for _ in range(layer))})
         if 0 < config.projected_layer <= layer:  # the whole model has it, whichever layer is read
             self.projection = nn.Linear(config.hidden_size, config.projection_size + config.gated)
         self.context = self._context()
@@ -158,7 +143,7 @@ class W2vBertEncoder(Encoder):
         if self.layer == 0:  # no block, no chunks; the projection answers at once
             return Context(0, 0)
         # A window holds at least the frames that it answers for.
-        ahead, smoothed = (-(-n // chunk) * chunk for n in (self.config.answers_after, self.config.reach))
+        ahead, smoothed = (-(-n // chunk) * chunk for n in (self.config.answers_after, self.config.smoothing - 1))
         return Context(max(self.layer * before + smoothed, ahead), 0, chunk, self.config.answers_after)
 
     @property
@@ -192,6 +177,16 @@ class W2vBertEncoder(Encoder):
     def blocks(self) -> list[ConformerBlock]:
         """The conformer blocks, the lowest first."""
         return cast(list[ConformerBlock], list(cast(nn.ModuleList, self.encoder["layers"])))
+
+    def new_block(self, dropout: float = 0.0) -> ConformerBlock:
+        """A block with new weights, like those of the encoder."""
+        config = self.config
+        return ConformerBlock(
+            config.hidden_size, config.num_attention_heads, config.intermediate_size,
+            config.conv_depthwise_kernel_size, config.left_max_position_embeddings,
+            config.right_max_position_embeddings, config.layer_norm_eps, chunk=config.attention_chunk,
+            past=config.attention_past, dropout=dropout,
+        )  # fmt: skip
 
     def filter_bank(self, wave: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Log mel frames before any normalisation: float32 [B, T', 80] at 100 Hz and their lengths, int64 [B]."""
@@ -253,14 +248,11 @@ class W2vBertEncoder(Encoder):
         """As `answers`, before the gate and with anything behind a row's end: float [B, T, D], gated D + 1."""
         x = deque(self._positions(features, counts), maxlen=1).pop()
         if self.layer:
-            x = self._answer(x)[:, self.config.answers_after - self.config.reach :]
+            x = self.answer(x)[:, self.config.answers_after - self.config.smoothing + 1 :]
         return x[:, : features.shape[1]]
 
-    def _answer(self, x: Tensor) -> Tensor:
-        """Means over `smoothing` positions, projected, and joined with neighbours.
-
-        float [B, T, D] -> float [B, T - reach, D'].
-        """
+    def answer(self, x: Tensor) -> Tensor:
+        """Means over `smoothing` positions, projected: float [B, T, D] -> float [B, T - smoothing + 1, D']."""
         count = self.config.smoothing
         if count > 1:
             length = x.shape[1] - count + 1
@@ -268,11 +260,7 @@ class W2vBertEncoder(Encoder):
             for i in range(1, count):
                 total = total + x[:, i : i + length]
             x = total / count
-        x = self.projection(x) if self.projects else x
-        joined = 1 + 2 * self.config.neighbours
-        if joined == 1:
-            return x
-        return x.unfold(1, joined, 1).transpose(2, 3).flatten(2)
+        return self.projection(x) if self.projects else x
 
     def hidden_states(self, wave: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
         """Hidden states of all layers up to `layer`.
@@ -358,7 +346,7 @@ class W2vBertEncoder(Encoder):
     def stream_state(self, batch: int) -> W2vBertState:
         """State of `batch` streams before their first chunk, for `advance` (encoders of bounded context only)."""
         seen = torch.zeros(batch, dtype=torch.int64, device=next(self.parameters()).device)
-        recent = torch.zeros(batch, self.config.reach, self.config.hidden_size, device=seen.device)
+        recent = torch.zeros(batch, self.config.smoothing - 1, self.config.hidden_size, device=seen.device)
         return W2vBertState([block.state(batch) for block in self.blocks], recent, seen)
 
     def advance(
@@ -376,8 +364,8 @@ class W2vBertEncoder(Encoder):
             x = x.masked_fill(~valid[..., None], 0.0)
             blocks.append(after)
         x = torch.cat([state.recent, x], dim=1)
-        recent = x[:, x.shape[1] - self.config.reach :]
-        x = self._answer(x)
+        recent = x[:, x.shape[1] - self.config.smoothing + 1 :]
+        x = self.answer(x)
         return gated(x) if self.gates else x, W2vBertState(blocks, recent, state.seen + positions)
 
 

@@ -10,7 +10,7 @@ __all__ = ["CONV_BINS", "MEL_BINS", "STACK", "W2vBertConfig"]
 MEL_BINS, STACK = 80, 2
 CONV_BINS = 19  # bins that two convolutions of stride 2 leave
 SWISH = ("swish", "silu")
-_MAY_BE_0 = ("num_hidden_layers", "attention_past", "look_ahead", "neighbours")
+_MAY_BE_0 = ("num_hidden_layers", "attention_past", "look_ahead")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,6 @@ class W2vBertConfig:
     projected_layer, projection_size : int
         The frames of this layer are projected to so many values: what the contrastive loss compares at the end of its
         module, and what tells more about phones than the layer itself. 0: no projection.
-    neighbours : int
-        The last layer's frames, smoothed and projected, are joined with so many on each side, in the order of time:
-        what a quantizer on single frames needs to see around them (chunked attention only, neither gated nor layer 0).
-        Adds as many frames to the look-ahead; with half the smoothing at most `look_ahead`.
     gated : bool
         The projection gives one value more, the logit of a gate. Frames are what it projects, scaled to length 1, times
         the gate: their direction says what a syllable is, their length (0 to 1) whether one is there.
@@ -84,7 +80,6 @@ class W2vBertConfig:
     smoothing: int = 1
     projected_layer: int = 0
     projection_size: int = 0
-    neighbours: int = 0
     gated: bool = False
 
     def __post_init__(self) -> None:
@@ -134,19 +129,11 @@ class W2vBertConfig:
             raise CheckpointError(
                 f"smoothing {self.smoothing} must be odd and at most 2 * look_ahead + 1, here {2 * self.look_ahead + 1}"
             )
-        room = self.look_ahead - self.smoothing // 2
-        if self.neighbours > room or (self.neighbours and self.gated):
-            raise CheckpointError(f"neighbours {self.neighbours} must be at most {room} here, and 0 with a gate")
 
     @property
     def answers_after(self) -> int:
-        """Positions from reading a frame to the answer of the last layer."""
-        return self.look_ahead + self.reach // 2
-
-    @property
-    def reach(self) -> int:
-        """Positions of block outputs that an answer is made of, less one: of smoothing and neighbours."""
-        return self.smoothing - 1 + 2 * self.neighbours
+        """Positions from reading a frame to the answer of the last layer: the look-ahead and half the smoothing."""
+        return self.look_ahead + self.smoothing // 2
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], preprocessor: dict[str, Any] | None = None) -> Self:

@@ -54,22 +54,18 @@ class AugmentedFrames(Items):
         """Frames per second."""
         return self.hops_per_second
 
-    def whole(self, item: int, version: int, neighbours: int = 0) -> NDArray[np.float32]:
+    def whole(self, item: int, version: int) -> NDArray[np.float32]:
         """All frames of a version of an item, see `cut`."""
-        return self.cut(item, version, 0, int(self.lengths[item]), neighbours)
+        return self.cut(item, version, 0, int(self.lengths[item]))
 
-    def cut(self, item: int, version: int, first: int, count: int, neighbours: int = 0) -> NDArray[np.float32]:
-        """Frames of a version that stand for clean frames ``[first, first + count)``.
+    def cut(self, item: int, version: int, first: int, count: int) -> NDArray[np.float32]:
+        """Frames of a version that stand for clean frames ``[first, first + count)``: float32 [n, D].
 
-        Float32 [n, (2 neighbours + 1) D].
-        In a stretched version that is the same share of the item. Each frame is joined with so many neighbours on each
-        side, as `W2vBertConfig` says; at the ends of an item the last frame there is stands for those beyond.
+        In a stretched version that is the same share of the item.
         """
         begin, total = self.places[item, version].tolist()
         low, high = (round(place * total / int(self.lengths[item])) for place in (first, first + count))
-        high = min(total, high)
-        places = np.arange(low, high)[:, None] + np.arange(-neighbours, neighbours + 1)
-        return self.frames[begin + places.clip(0, total - 1)].astype(np.float32).reshape(len(places), -1)
+        return self.frames[begin + low : begin + min(total, high)].astype(np.float32)
 
     @classmethod
     def build(
@@ -80,7 +76,6 @@ class AugmentedFrames(Items):
         *,
         families: Sequence[str],
         resources: AugmentResources,
-        resources_identity: str,
         copies: int = 1,
         seed: int = 0,
         device: str = "cpu",
@@ -99,8 +94,6 @@ class AugmentedFrames(Items):
         families : sequence of str
             See `speechtok.audio.augment`; each item is drawn for by its key.
         resources : AugmentResources
-        resources_identity : str
-            Names them: frames of other resources are computed anew.
         copies : int
             Draws of each family.
         seed : int
@@ -137,7 +130,7 @@ class AugmentedFrames(Items):
 
         settings = {
             "encoder": describe_encoder(encoder), "drawn": [list(one) for one in drawn],
-            "resources": resources_identity,
+            "resources": resources.identity,
         }  # fmt: skip
         frames, starts, lengths, known = store(
             source, folder, "frames.f16", settings, grid=encoder.grid, dtype=np.float16, dim=encoder.dim,

@@ -1,17 +1,17 @@
 """Augmentation-invariant units from pseudo-labels (Gat et al. 2023, arXiv 2209.15483).
 
-A teacher names the units of clean sound, runs of equal ones counted once. A small network on single frames of the
-augmented sound is to give the same sequence, by CTC: how the two time axes correspond is left free. Neither encoder nor
-teacher learns. The next round takes the student as its teacher.
+A teacher names the units of clean sound, runs of equal ones counted once. A small network on frames of the augmented
+sound is to give the same sequence, by CTC: how the two time axes correspond is left free. Neither encoder nor teacher
+learns. The next round takes the student as its teacher.
 
 Departure: there is no blank. Targets hold no repeats, so none is needed; without one every frame has a unit and the
 network is a quantizer like any other. A blank would leave most frames without a unit: durations would have to be
 guessed, and a stream would have to wait for the next unit. It also learned less here (docs/measurements.md).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from speechtok.audio.perturb import PerturbConfig
 from speechtok.errors import InputError
-from speechtok.quantizers.base import Quantizer
-from speechtok.quantizers.mlp import UnitMlp
 from speechtok.training.augmented import AugmentedFrames
 from speechtok.training.sampler import Crop
+from speechtok.training.unit_student import UnitStudent, padded_rows
 from speechtok.units import run_lengths
 
-__all__ = ["CtcConfig", "CtcObjective"]
+__all__ = ["CtcConfig", "CtcObjective", "NamedFrames"]
 
 _NEVER = -1e4  # log probability of the blank: finite, so that gradients are
 
@@ -38,76 +37,74 @@ class CtcConfig:
 
     Parameters
     ----------
-    hidden : tuple of int
-        Sizes of the network's layers in between.
     clean_share : float
         Share of the crops that stay clean.
     """
 
-    hidden: tuple[int, ...] = (256, 256)
     clean_share: float = 0.2
 
     def __post_init__(self) -> None:
-        if min(self.hidden, default=1) < 1 or not 0 <= self.clean_share < 1:
-            raise InputError("[objective] sizes of hidden layers must be positive and clean_share in [0, 1)")
+        if not 0 <= self.clean_share < 1:
+            raise InputError(f"[objective] clean_share {self.clean_share} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class NamedFrames:
+    """Frames and the units that a teacher gives the clean ones.
+
+    Parameters
+    ----------
+    sound : AugmentedFrames
+    units : sequence of int32 [T]
+        Of every item.
+    """
+
+    sound: AugmentedFrames
+    units: Sequence[NDArray[np.int32]]
+
+    @classmethod
+    def by(cls, teacher: Callable[[NDArray[np.float32]], NDArray[np.int32]], sound: AugmentedFrames) -> Self:
+        """Ask a teacher, from the frames of an item float32 [T, D] to its units."""
+        return cls(sound, [teacher(sound.whole(item, 0)) for item in range(len(sound.lengths))])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Frames of each clean item."""
+        return self.sound.lengths
+
+    @property
+    def rate(self) -> float:
+        """Frames per second."""
+        return self.sound.rate
 
 
 class CtcObjective(nn.Module):
-    """Student network and its loss.
+    """Student and its loss.
 
     Parameters
     ----------
     config : CtcConfig
-    teacher : Quantizer
-        Names the units of clean frames.
-    dim : int
-        D, size of the encoder's frames.
-    neighbours : int
-        Frames on each side that the student sees beside its own, see `AugmentedFrames.cut`.
-
-    Raises
-    ------
-    InputError
-        If the teacher has several codebooks, or frames of another size.
+    student : UnitStudent
     """
 
-    def __init__(self, config: CtcConfig, teacher: Quantizer, dim: int, neighbours: int = 0) -> None:
+    def __init__(self, config: CtcConfig, student: UnitStudent) -> None:
         super().__init__()
-        if teacher.codebooks != 1:
-            raise InputError(f"the teacher has {teacher.codebooks} codebooks; units of one codebook can be taught")
-        if teacher.dim % dim or teacher.dim // dim % 2 == 0:
-            raise InputError(f"the teacher takes frames of {teacher.dim} values, the encoder gives {dim}")
-        self.config, self.units, self.neighbours = config, teacher.vocab_size, neighbours
+        self.config, self.student = config, student
         self.perturb_config: PerturbConfig | None = None
-        self.mlp = UnitMlp(dim * (2 * neighbours + 1), config.hidden, teacher.vocab_size)
-        self._teacher_neighbours = teacher.dim // dim // 2
-        # Not a part of the model: it is neither trained nor saved with it.
-        self._teacher = [teacher]
 
     def compiled(self) -> Iterable[nn.Module]:
-        """Nothing: the network is small."""
-        return ()
+        """The student's blocks."""
+        return self.student.blocks
 
-    def standardize(self, mean: NDArray[np.float32], deviation: NDArray[np.float32]) -> None:
-        """Take statistics of the frames, float32 [D] each."""
-        self.mlp.mean.copy_(torch.from_numpy(mean))
-        self.mlp.scale.copy_(torch.from_numpy(deviation))
-
-    @torch.no_grad()
-    def collate(self, crops: list[Crop], sound: AugmentedFrames, noises: None, *, training: bool) -> dict[str, Tensor]:
+    def collate(self, crops: list[Crop], sound: NamedFrames, noises: None, *, training: bool) -> dict[str, Tensor]:
         """Frames of one version of each crop, and the units of the clean one."""
-        versions = np.array([self._drawn(crop, len(sound.versions)) for crop in crops])
-        clean, heard = (
-            [
-                sound.cut(crop.item, version, crop.start, crop.length, neighbours)
-                for crop, version in zip(crops, which, strict=True)
-            ]
-            for which, neighbours in ((np.zeros_like(versions), self._teacher_neighbours), (versions, self.neighbours))
-        )
-        targets = []
-        for row, ids in zip(clean, self._teacher[0](padded_rows(clean)[0]).ids[:, 0].numpy(), strict=True):
-            targets.append(torch.from_numpy(run_lengths(ids[: len(row)])[0].astype(np.int64)))
-        features, lengths = padded_rows(heard)
+        rows, targets = [], []
+        for crop in crops:
+            version = self._drawn(crop, len(sound.sound.versions))
+            rows.append(sound.sound.cut(crop.item, version, crop.start, crop.length))
+            units = sound.units[crop.item][crop.start : crop.start + crop.length]
+            targets.append(torch.from_numpy(run_lengths(units)[0].astype(np.int64)))
+        features, lengths = padded_rows(rows)
         return {
             "features": features,
             "lengths": lengths,
@@ -125,10 +122,11 @@ class CtcObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], weight: float, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (nats per unit of clean sound) and sums of figures."""
-        probabilities = F.pad(self.mlp(batch["features"]).float().log_softmax(-1), (0, 1), value=_NEVER)
+        logits = self.student(batch["features"], batch["lengths"])
+        probabilities = F.pad(logits.log_softmax(-1), (0, 1), value=_NEVER)
         losses = F.ctc_loss(
             probabilities.transpose(0, 1), batch["targets"], batch["lengths"], batch["target_lengths"],
-            blank=self.units, reduction="none", zero_infinity=True,
+            blank=self.student.units, reduction="none", zero_infinity=True,
         )  # fmt: skip
         # A crop that has more units than its stretched version has frames.
         impossible = (batch["target_lengths"] > batch["lengths"]).sum()
@@ -141,13 +139,4 @@ class CtcObjective(nn.Module):
 
     def alarms(self, summary: dict[str, Any]) -> list[str]:
         """Units that collapse."""
-        perplexity = summary.get("perplexity")
-        if perplexity is not None and perplexity < self.units / 4:
-            return [f"unit perplexity is {perplexity:.1f}: three quarters of the vocabulary are not used"]
-        return []
-
-
-def padded_rows(rows: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-    """One batch of rows [t, D]: float32 [B, T, D] and lengths int64 [B]."""
-    padded = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-    return padded, torch.tensor([len(row) for row in rows])
+        return self.student.alarms(summary)

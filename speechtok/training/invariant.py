@@ -1,42 +1,43 @@
 """Train a quantizer whose units stay the same under augmentation, on a frozen encoder: rounds of CTC, or NAST."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from speechtok.audio.augment import FAMILIES, AugmentResources
 from speechtok.corpus.engine import Event
 from speechtok.encoders.base import Encoder
 from speechtok.encoders.w2v_bert import W2vBertEncoder
-from speechtok.errors import FormatError, InputError, OutputError
+from speechtok.errors import InputError, OutputError
 from speechtok.hub import load
-from speechtok.quantizers.base import Codes, Quantizer
 from speechtok.quantizers.mlp import MlpQuantizer
 from speechtok.tokenizer import Tokenizer, usable_device
 from speechtok.training.augmented import AugmentedFrames, identity_of
 from speechtok.training.beginning import same_beginning
-from speechtok.training.ctc_units import CtcConfig, CtcObjective
+from speechtok.training.ctc_units import CtcConfig, CtcObjective, NamedFrames
 from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train
 from speechtok.training.nast import NastConfig, NastObjective
 from speechtok.training.recipe import Recipe, section
 from speechtok.training.unit_probe import UED, steadiness
+from speechtok.training.unit_student import UnitStudent
 
 __all__ = ["KIND", "InvariantConfig", "train_invariant"]
 
 logger = logging.getLogger(__name__)
 
 KIND = "invariant"
-ROUNDS = "rounds.json"
+TOKENIZER = "tokenizer"
 _LEAST_PERPLEXITY = 0.9  # of the round before; below, rare units are dying out
 _STATISTICS_ITEMS = 400
 
@@ -53,28 +54,37 @@ class InvariantConfig:
         Augmentations, see `speechtok.audio.augment`.
     copies : int
         Draws of each family for each sound.
-    neighbours : int
-        Frames on each side that the quantizer sees beside a frame, see `W2vBertConfig`; 0 for other encoders.
-    unprojected : bool
-        Read the encoder's layer before smoothing and projection, which leave out what tells augmented sound from clean
-        (w2v-BERT encoders only).
+    blocks : int
+        Conformer blocks that learn on top of the encoder's layer (before its smoothing and projection, which leave out
+        what tells augmented sound from clean) and become the last ones of the new tokenizer's encoder; w2v-BERT
+        encoders only. 0: a network on the encoder's single frames, as published.
+    smoothing : int
+        Frames that the output of these blocks is averaged over, see `W2vBertConfig`.
+    dropout : float
+        In these blocks.
+    hidden : tuple of int
+        Sizes of the layers inside of the quantizer's network.
     rounds : int
-        CTC only: each takes the quantizer of the one before as its teacher. Rounds end early when edit distances no
+        CTC only: each takes the student of the one before as its teacher. Rounds end early when edit distances no
         longer fall or the perplexity of the units falls by more than a tenth; the round that showed it is left out.
     """
 
     method: str = "ctc"
     families: tuple[str, ...] = FAMILIES
     copies: int = 1
-    neighbours: int = 0
-    unprojected: bool = False
+    blocks: int = 0
+    smoothing: int = 1
+    dropout: float = 0.0
+    hidden: tuple[int, ...] = (256, 256)
     rounds: int = 3
 
     def __post_init__(self) -> None:
         if self.method not in ("ctc", "nast"):
             raise InputError(f"[objective] method {self.method!r}: known are ctc and nast")
-        if min(self.copies, self.rounds) < 1 or self.neighbours < 0 or not self.families:
-            raise InputError("[objective] copies and rounds must be positive, neighbours not negative, families some")
+        if min(self.copies, self.rounds, *self.hidden, 1) < 1 or self.blocks < 0 or not self.families:
+            raise InputError("[objective] copies, rounds, hidden must be positive, blocks not negative, families some")
+        if not self.blocks and (self.smoothing != 1 or self.dropout):
+            raise InputError("[objective] smoothing and dropout are those of blocks; leave them out")
         if self.method == "nast" and self.rounds != 1:
             raise InputError("[objective] rounds are for method ctc; set rounds = 1")
 
@@ -104,8 +114,8 @@ def train_invariant(
     data : path or glob
         Training sound, as for ``tokenize``.
     folder : Path
-        Of the run; gets ``frames``, a run for each round (see `speechtok.training.loop.train`), ``rounds.json``, and
-        ``tokenizer`` at the end.
+        Of the run; gets ``frames``, for each round a run (see `speechtok.training.loop.train`) with its own
+        ``tokenizer``, and ``tokenizer``, the last one that was no worse.
     name : str
         Of the new tokenizer.
     held_out : path or glob, optional
@@ -144,8 +154,9 @@ def train_invariant(
     first = load(str(tokenizer))
     if first.segmenter is not None or first.codebooks != 1:
         raise InputError(f"{first.name}: units of single frames with one codebook are needed")
-    encoder = _other(first.encoder, 0, config.unprojected)
-    wider = _other(first.encoder, config.neighbours, config.unprojected)  # refused now, not after hours
+    encoder = _layer_alone(first.encoder) if config.blocks else first.encoder
+    units = settings.units if isinstance(settings, NastConfig) else first.vocab_size
+    _with_blocks(encoder, _student(encoder, config, units))  # refused now, not after hours
     with one_at_a_time(folder):
         sound = _heard("train", data, encoder, config, noise, rooms, folder, device, on_event)
         watched = (
@@ -154,99 +165,95 @@ def train_invariant(
         )  # fmt: skip
         begun = {"train": identity_of(folder / "frames" / "train"), "tokenizer": first.fingerprint}
         same_beginning(folder, begun)
-    statistics = _statistics(sound, config.neighbours, chosen.run.seed)
-    begin: Quantizer = Projected(first.encoder, first.quantizer) if config.unprojected else first.quantizer
-    teacher = begin
-    table: list[dict[str, Any]] = [{"round": 0, **_measured(teacher, watched)}]
+    statistics = _statistics(sound, chosen.run.seed)
+    teacher: Callable[[NDArray[np.float32]], NDArray[np.int32]] = partial(_first_units, first, bool(config.blocks))
+    table: list[dict[str, Any]] = [{"round": 0, **steadiness(teacher, watched, first.vocab_size)}]
+    training = {
+        "recipe": Path(recipe).stem, "tokenizer": first.name, "tokenizer fingerprint": first.fingerprint,
+        "method": config.method, "seed": chosen.run.seed, "encoder": first.training.get("encoder"),
+    }  # fmt: skip
+    made: Tokenizer | None = None
     for number in range(1, config.rounds + 1):
         torch.manual_seed(chosen.run.seed + number)
+        run = folder / f"round-{number}"
         objective: CtcObjective | NastObjective
+        heard: list[NamedFrames] | list[AugmentedFrames]
+        student = _student(encoder, config, units)
+        student.standardize(*statistics)
         if isinstance(settings, CtcConfig):
-            objective = CtcObjective(settings, teacher, encoder.dim, config.neighbours)
+            objective = CtcObjective(settings, student)
+            heard = [NamedFrames.by(teacher, frames) for frames in (sound, watched)]
         else:
-            objective = NastObjective(settings, encoder.dim, config.neighbours)
-        objective.standardize(*statistics)
+            objective = NastObjective(settings, student, *statistics)
+            heard = [sound, watched]
 
         def probe(trained: nn.Module) -> dict[str, float]:
-            return _measured(MlpQuantizer(cast(CtcObjective | NastObjective, trained).mlp), watched)
+            return steadiness(cast(CtcObjective | NastObjective, trained).student.name, watched, units)
 
-        train(
-            objective, chosen, sound, folder / f"round-{number}", held_out=watched, probe=probe, device=device,
-            on_event=on_event,
-        )  # fmt: skip
-        found = MlpQuantizer(objective.mlp.cpu())
-        table.append({"round": number, **_measured(found, watched)})
-        if isinstance(objective, CtcObjective) and (reason := _worse(table[-2], table[-1])):
+        train(objective, chosen, heard[0], run, held_out=heard[1], probe=probe, device=device, on_event=on_event)
+        student.cpu().eval().round_weights()
+        table.append({"round": number, **probe(objective)})
+        if config.method == "ctc" and (reason := _worse(table[-2], table[-1])):
             logger.warning("%s: round %d is left out: %s", folder, number, reason)
             table[-1]["left_out"] = reason
             break
-        teacher = found
-    (folder / ROUNDS).write_text(json.dumps(table, indent=2) + "\n")
-    if teacher is begin:
+        made = Tokenizer(
+            _with_blocks(encoder, student), MlpQuantizer(student.mlp), name=name, window=first.window,
+            licence=first.licence, training=training | {"rounds": list(table)},
+        )  # fmt: skip
+        made.save(run / TOKENIZER)
+        teacher = student.name
+    if made is None:
         raise OutputError(f"{folder}: the first round made units no steadier ({table[-1]['left_out']}); train longer")
-    training = {
-        "recipe": Path(recipe).stem, "tokenizer": first.name, "tokenizer fingerprint": first.fingerprint,
-        "method": config.method, "rounds": table, "seed": chosen.run.seed, "encoder": first.training.get("encoder"),
-    }  # fmt: skip
-    made = Tokenizer(wider, teacher, name=name, window=first.window, licence=first.licence, training=training)
-    return made.save(folder / "tokenizer")
+    made.training["rounds"] = table
+    return made.save(folder / TOKENIZER)
 
 
-class Projected(Quantizer):
-    """Units of a w2v-BERT tokenizer from the frames of its layer before smoothing and projection.
-
-    Parameters
-    ----------
-    encoder : W2vBertEncoder
-    quantizer : Quantizer
-        Of the tokenizer.
-    """
-
-    type = "projected"
-    invertible = False
-
-    def __init__(self, encoder: Encoder, quantizer: Quantizer) -> None:
-        super().__init__()
-        if not isinstance(encoder, W2vBertEncoder) or encoder.config.neighbours:
-            raise InputError("[objective] unprojected is for w2v-BERT encoders whose frames are not joined")
-        self.smoothing = encoder.config.smoothing
-        self.projection = encoder.projection if encoder.projects else nn.Identity()
-        self.quantizer, self.vocab_size = quantizer, quantizer.vocab_size
-        self.dim = encoder.config.hidden_size * self.smoothing
-
-    def config_dict(self) -> dict[str, Any]:
-        return {"smoothing": self.smoothing, "quantizer": self.quantizer.config_dict()}
-
-    def forward(self, features: Tensor) -> Codes:
-        """Quantize float [B, T, smoothing D] frames, joined with the neighbours that they are smoothed over."""
-        return self.quantizer(self.projection(features.unflatten(-1, (self.smoothing, -1)).mean(-2)))
-
-    def decode(self, ids: Tensor) -> Tensor:
-        """Refuse.
-
-        Raises
-        ------
-        FormatError
-        """
-        raise FormatError("frames before smoothing and projection cannot be told from units")
+def _layer_alone(encoder: Encoder) -> Encoder:
+    """The same encoder, its layer neither smoothed nor projected."""
+    if not isinstance(encoder, W2vBertEncoder) or not encoder.layer or encoder.gates:
+        raise InputError(
+            f"[objective] blocks stand on those of a w2v-BERT encoder, not on frames of {encoder.type}; set blocks = 0"
+        )
+    other = W2vBertEncoder(replace(encoder.config, smoothing=1, projected_layer=0, projection_size=0), encoder.layer)
+    names = other.state_dict().keys()
+    other.load_state_dict({name: value for name, value in encoder.state_dict().items() if name in names})
+    return other.eval()
 
 
-def _other(encoder: Encoder, neighbours: int, unprojected: bool) -> Encoder:
-    """The same encoder whose frames are joined with so many neighbours, or are those before smoothing and projection."""
-    if not isinstance(encoder, W2vBertEncoder):
-        if neighbours or unprojected:
-            raise InputError(
-                f"[objective] neighbours and unprojected are not for frames of {encoder.type}; leave them out"
-            )
+def _student(encoder: Encoder, config: InvariantConfig, units: int) -> UnitStudent:
+    """A new student on frames of an encoder."""
+    blocks = []
+    if isinstance(encoder, W2vBertEncoder):
+        blocks = [encoder.new_block(config.dropout) for _ in range(config.blocks)]
+    return UnitStudent(encoder.dim, config.hidden, units, blocks, config.smoothing)
+
+
+def _with_blocks(encoder: Encoder, student: UnitStudent) -> Encoder:
+    """The encoder with the student's blocks on top."""
+    if not isinstance(encoder, W2vBertEncoder) or not student.blocks:
         return encoder
-    config = replace(encoder.config, neighbours=neighbours)
+    layers = encoder.layer + len(student.blocks)
+    other = W2vBertEncoder(replace(encoder.config, num_hidden_layers=layers, smoothing=student.smoothing), layers)
     weights = encoder.state_dict()
-    if unprojected:
-        config = replace(config, smoothing=1, projected_layer=0, projection_size=0)
-        weights = {name: value for name, value in weights.items() if not name.startswith("projection.")}
-    other = W2vBertEncoder(config, encoder.layer)
+    for name, value in student.blocks.state_dict().items():
+        index, rest = name.split(".", 1)
+        weights[f"encoder.layers.{encoder.layer + int(index)}.{rest}"] = value
     other.load_state_dict(weights)
     return other.eval()
+
+
+@torch.inference_mode()
+def _first_units(tokenizer: Tokenizer, layer_alone: bool, frames: NDArray[np.float32]) -> NDArray[np.int32]:
+    """What the tokenizer calls frames [T, D] of its encoder or of `_layer_alone`: int32 [T]."""
+    rows, encoder = torch.from_numpy(frames)[None], tokenizer.encoder
+    if layer_alone:
+        encoder = cast(W2vBertEncoder, encoder)
+        beside = encoder.config.smoothing // 2
+        # The first and the last frame stand for those beyond, which are not kept.
+        rows = F.pad(rows.mT, (beside, beside), mode="replicate").mT
+        rows = encoder.answer(rows)
+    return tokenizer.quantizer(rows).ids[0, 0].numpy()
 
 
 def _heard(
@@ -263,7 +270,7 @@ def _heard(
     resources = _resources(noise, rooms, "train" if split == "train" else "valid")
     frames = AugmentedFrames.build(
         source, encoder, folder / "frames" / split, families=config.families, resources=resources,
-        resources_identity=f"noise {noise}, rooms {rooms}", copies=config.copies, device=device, on_event=on_event,
+        copies=config.copies, device=device, on_event=on_event,
     )  # fmt: skip
     if frames.failed:
         logger.warning("%s: %d files were left out; the first: %s", split, len(frames.failed), frames.failed[0])
@@ -286,26 +293,14 @@ def _resources(
     return AugmentResources(given(noise, None).noises, given(None, rooms).rooms)
 
 
-def _statistics(sound: AugmentedFrames, neighbours: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and deviation of clean frames, repeated for every neighbour: float32 [(2 neighbours + 1) D]."""
+def _statistics(sound: AugmentedFrames, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and deviation of clean frames, float32 [D] each."""
     chosen = np.random.default_rng(seed).permutation(len(sound.lengths))[:_STATISTICS_ITEMS]
     rows = np.concatenate([sound.whole(int(item), 0) for item in np.sort(chosen)])
     deviation = rows.std(0)
     if not deviation.any():
         raise InputError("the encoder gives the same frame everywhere: there is nothing to quantize")
-    deviation = np.maximum(deviation, 1e-3 * deviation.max())
-    return np.tile(rows.mean(0), 2 * neighbours + 1), np.tile(deviation, 2 * neighbours + 1)
-
-
-@torch.inference_mode()
-def _measured(quantizer: Quantizer, sound: AugmentedFrames) -> dict[str, float]:
-    place = next(quantizer.buffers()).device
-
-    def units(frames: NDArray[np.float32]) -> NDArray[np.int32]:
-        return quantizer(torch.from_numpy(frames)[None].to(place)).ids[0, 0].cpu().numpy()
-
-    neighbours = quantizer.dim // sound.frames.shape[1] // 2
-    return steadiness(units, sound, quantizer.vocab_size, neighbours=neighbours)
+    return rows.mean(0), np.maximum(deviation, 1e-3 * deviation.max())
 
 
 def _worse(before: Mapping[str, float], after: Mapping[str, float]) -> str:

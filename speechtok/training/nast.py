@@ -5,7 +5,7 @@ The residual path sums an utterance up in one vector: who speaks, and where. The
 from both. What an augmentation changes for a whole utterance need not go through the units then, and what it changes
 from frame to frame must not: units of the augmented sound are to be those of the clean one.
 
-Departures from the published code, each with its reason: the predictor is a network on single frames, so that units
+Departures from the published code, each with its reason: the predictor is a `UnitStudent`, so that units
 stay exact in streams; clean units are targets without gradient, or the pair could agree by moving both; augmented
 logits are interpolated linearly, as the paper says (the code's default is nearest).
 """
@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from speechtok.audio.features import valid_frames
 from speechtok.audio.perturb import PerturbConfig
 from speechtok.errors import InputError
 from speechtok.nn.conformer import ConformerBlock
 from speechtok.nn.product_quantizer import gumbel_noise, perplexity
-from speechtok.quantizers.mlp import UnitMlp
 from speechtok.training.augmented import AugmentedFrames
-from speechtok.training.ctc_units import padded_rows
 from speechtok.training.sampler import Crop
+from speechtok.training.unit_student import UnitStudent, padded_rows
 
 __all__ = ["NastConfig", "NastObjective"]
 
@@ -39,8 +39,6 @@ class NastConfig:
     ----------
     units : int
         K.
-    hidden : tuple of int
-        Sizes of the predictor's layers in between.
     temperature : float
         Of the Gumbel softmax.
     residual_dim : int
@@ -54,7 +52,6 @@ class NastConfig:
     """
 
     units: int = 100
-    hidden: tuple[int, ...] = (256, 256)
     temperature: float = 0.8
     residual_dim: int = 64
     width: int = 128
@@ -69,7 +66,7 @@ class NastConfig:
     robust_from: float = 0.3
 
     def __post_init__(self) -> None:
-        sizes = (self.units, self.width, self.heads, self.inner, self.kernel, self.decoder_blocks, *self.hidden)
+        sizes = (self.units, self.width, self.heads, self.inner, self.kernel, self.decoder_blocks)
         if min(sizes) < 1 or min(self.residual_dim, self.residual_blocks) < 0 or not self.temperature > 0:
             raise InputError("[objective] sizes and temperature must be positive, the residual path may be 0")
         if self.width % self.heads:
@@ -85,50 +82,48 @@ class NastObjective(nn.Module):
     Parameters
     ----------
     config : NastConfig
-    dim : int
-        D, size of the encoder's frames.
-    neighbours : int
-        Frames on each side that the predictor sees beside its own, see `AugmentedFrames.cut`.
+    student : UnitStudent
+        The predictor.
+    mean, deviation : float32 [D]
+        Of the encoder's frames: what is rebuilt are standardised ones.
     """
 
-    def __init__(self, config: NastConfig, dim: int, neighbours: int = 0) -> None:
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, config: NastConfig, student: UnitStudent, mean: NDArray[np.float32], deviation: NDArray[np.float32]
+    ) -> None:
         super().__init__()
-        self.config, self.units, self.dim, self.neighbours = config, config.units, dim, neighbours
+        self.config, self.student = config, student
         self.perturb_config: PerturbConfig | None = None
-        self.mlp = UnitMlp(dim * (2 * neighbours + 1), config.hidden, config.units)
+        self.register_buffer("mean", torch.from_numpy(mean))
+        self.register_buffer("deviation", torch.from_numpy(deviation))
         if config.residual_dim:
-            self.residual_in = nn.Linear(dim, config.width)
+            self.residual_in = nn.Linear(len(mean), config.width)
             self.residual = _blocks(config, config.residual_blocks)
             self.residual_out = nn.Linear(config.width, config.residual_dim)
-        self.decoder_in = nn.Linear(config.units + config.residual_dim, config.width)
+        self.decoder_in = nn.Linear(student.units + config.residual_dim, config.width)
         self.decoder = _blocks(config, config.decoder_blocks)
-        self.decoder_out = nn.Linear(config.width, dim)
+        self.decoder_out = nn.Linear(config.width, len(mean))
 
     def compiled(self) -> Iterable[nn.Module]:
         """Conformer blocks."""
-        return [block for part in (self.decoder, getattr(self, "residual", ())) for block in part]
-
-    def standardize(self, mean: NDArray[np.float32], deviation: NDArray[np.float32]) -> None:
-        """Take statistics of the frames, float32 [D] each."""
-        self.mlp.mean.copy_(torch.from_numpy(mean))
-        self.mlp.scale.copy_(torch.from_numpy(deviation))
+        return [block for part in (self.student.blocks, self.decoder, getattr(self, "residual", ())) for block in part]
 
     def collate(self, crops: list[Crop], sound: AugmentedFrames, noises: None, *, training: bool) -> dict[str, Tensor]:
         """Clean frames of each crop, those of one augmented version, and Gumbel noise for the clean ones."""
         versions = [int(crop.generator().integers(1, len(sound.versions))) for crop in crops]
-        clean, lengths = padded_rows(
-            [sound.cut(crop.item, 0, crop.start, crop.length, self.neighbours) for crop in crops]
-        )
-        heard, heard_lengths = padded_rows(
-            [
-                sound.cut(crop.item, version, crop.start, crop.length, self.neighbours)
-                for crop, version in zip(crops, versions, strict=True)
-            ]
+        (clean, lengths), (heard, heard_lengths) = (
+            padded_rows(
+                [sound.cut(crop.item, v, crop.start, crop.length) for v, crop in zip(which, crops, strict=True)]
+            )
+            for which in ([0] * len(crops), versions)
         )
         batch = {"clean": clean, "lengths": lengths, "heard": heard, "heard_lengths": heard_lengths}
         if training:
             seed = int(np.random.SeedSequence((*crops[0].seed, 1)).generate_state(1)[0])
-            shape = (*clean.shape[:2], self.units)
+            shape = (*clean.shape[:2], self.student.units)
             batch["noise"] = gumbel_noise(shape, torch.Generator().manual_seed(seed))
         return batch
 
@@ -139,19 +134,19 @@ class NastObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor], weight: float, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (per frame) and sums of figures."""
         config, clean, lengths = self.config, batch["clean"], batch["lengths"]
-        valid = torch.arange(clean.shape[1], device=clean.device) < lengths[:, None]
-        logits = self.mlp(clean).float()
+        valid = valid_frames(lengths, clean.shape[1])
+        logits = self.student(clean, lengths)
         noisy = logits + batch["noise"] if "noise" in batch else logits
         soft = (noisy / config.temperature).softmax(-1)  # [B, T, K]
-        own = slice(self.neighbours * self.dim, (self.neighbours + 1) * self.dim)  # without the neighbours
-        frames = (clean[..., own] - self.mlp.mean[own]) / self.mlp.scale[own]
+        frames = (clean - self.mean) / self.deviation
         rebuilt = self._decode(soft, frames, valid, lengths)
         reconstruction = ((rebuilt.float() - frames).abs().mean(-1) * valid).sum()
         # Share of each unit in each crop: few units in one crop are cheap as long as crops differ.
         shares = (soft * valid[..., None]).sum(1) / lengths[:, None]
-        diversity = (torch.special.xlogy(shares, shares).sum(-1) * lengths).sum() / np.log(self.units)
+        diversity = (torch.special.xlogy(shares, shares).sum(-1) * lengths).sum() / np.log(self.student.units)
         target = (logits.detach() / config.temperature).softmax(-1)
-        heard = resized(self.mlp(batch["heard"]).float(), batch["heard_lengths"], lengths, clean.shape[1])
+        heard = self.student(batch["heard"], batch["heard_lengths"])
+        heard = resized(heard, batch["heard_lengths"], lengths, clean.shape[1])
         robustness = -((target * heard.log_softmax(-1)).sum(-1) * valid).sum()
         robust = config.robustness_weight * (progress >= config.robust_from)
         loss = config.reconstruction_weight * reconstruction + config.diversity_weight * diversity + robust * robustness
@@ -186,10 +181,7 @@ class NastObjective(nn.Module):
 
     def alarms(self, summary: dict[str, Any]) -> list[str]:
         """Units that collapse."""
-        found = summary.get("perplexity")
-        if found is not None and found < self.units / 4:
-            return [f"unit perplexity is {found:.1f}: three quarters of the vocabulary are not used"]
-        return []
+        return self.student.alarms(summary)
 
 
 def _blocks(config: NastConfig, count: int) -> nn.ModuleList:

@@ -20,7 +20,6 @@ def steadiness(
     sound: AugmentedFrames,
     vocab_size: int,
     *,
-    neighbours: int = 0,
     items: int = 200,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -29,11 +28,9 @@ def steadiness(
     Parameters
     ----------
     quantize : callable
-        From frames float32 [T, D'] to ids int32 [T].
+        From frames float32 [T, D] to ids int32 [T].
     sound : AugmentedFrames
     vocab_size : int
-    neighbours : int
-        Of each frame that `quantize` is given, see `AugmentedFrames.cut`.
     items, seed : int
         How many items are taken at most, and how they are drawn.
 
@@ -44,11 +41,11 @@ def steadiness(
         ``perplexity`` of the clean units; ``runs_per_second``.
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(sound.lengths))[:items].tolist())
-    clean = [quantize(sound.whole(item, 0, neighbours)) for item in chosen]
+    clean = [quantize(sound.whole(item, 0)) for item in chosen]
     of_family: dict[str, list[float]] = {}
     for version, family in enumerate(sound.versions):
         if family != CLEAN:
-            changed = [quantize(sound.whole(item, version, neighbours)) for item in chosen]
+            changed = [quantize(sound.whole(item, version)) for item in chosen]
             of_family.setdefault(family, []).append(unit_edit_distance(clean, changed))
     units = np.concatenate(clean)
     runs = sum(len(run_lengths(ids)[0]) for ids in clean)
