@@ -1,7 +1,8 @@
 """Bundles: the folder of a tokenizer, a description and the weights of its parts.
 
 Weights that are whole bfloat16 numbers take half the space: a float32 tensor is stored as bfloat16 where that loses
-nothing, and read back as float32.
+nothing, and read back as float32. Encoder weights that a bundle in the folder beside it has, too, can be left to that
+one (``encoder_base`` in the description); the fingerprint covers them all the same.
 """
 
 import hashlib
@@ -33,16 +34,34 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def write(folder: Path, description: Mapping[str, Any], parts: Mapping[str, nn.Module]) -> None:
+def write(folder: Path, description: dict[str, Any], parts: Mapping[str, nn.Module], base: str | None = None) -> None:
     """Write ``tokenizer.json`` and, of each part that has weights, ``<part>.safetensors``.
+
+    Parameters
+    ----------
+    folder : Path
+    description : dict
+        See `describe`.
+    parts : mapping of str to module
+    base : str, optional
+        Name of a bundle beside `folder`: encoder weights that it has, too, are left to it.
 
     Raises
     ------
+    InputError
+        If `base` is no bundle beside the folder, or shares no weights.
     OutputError
         If the folder holds another tokenizer or cannot be written.
     """
     from safetensors.torch import save_file
 
+    shared = dict[str, Tensor]()
+    if base is not None:
+        own, others = parts["encoder"].state_dict(), _of_base(folder, base)
+        shared = {name: value for name, value in others.items() if name in own and torch.equal(own[name].cpu(), value)}
+        if not shared:
+            raise InputError(f"{folder.parent / base} has no weights of this encoder; save it without a base")
+        description = {**description, "encoder_base": base}
     path = folder / "tokenizer.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +70,8 @@ def write(folder: Path, description: Mapping[str, Any], parts: Mapping[str, nn.M
             raise OutputError(f"{folder} holds another tokenizer; choose another folder or delete it")
         for part, module in parts.items():
             tensors = {name: _narrow(tensor.cpu().contiguous()) for name, tensor in module.state_dict().items()}
+            if part == "encoder":
+                tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
             if tensors:
                 save_file(tensors, folder / f"{part}.safetensors")
                 (folder / f"{part}.safetensors").chmod(0o644)  # the library writes files that only the owner reads
@@ -167,6 +188,16 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def _of_base(folder: Path, base: Any) -> dict[str, Tensor]:
+    """Encoder weights of the bundle `base` beside `folder`; FormatError if there is none."""
+    if not isinstance(base, str) or Path(base).name != base or base in ("", ".", ".."):
+        raise FormatError(f"{folder / 'tokenizer.json'}: encoder_base {base!r} must be the name of a folder beside it")
+    try:
+        return read_tensors(folder.parent / base / "encoder.safetensors")
+    except FormatError as error:
+        raise FormatError(f"{folder} shares encoder weights with {base}, which must lie beside it: {error}") from error
+
+
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Description of a tokenizer, and its parts as arguments of `Tokenizer`.
 
@@ -183,11 +214,16 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         window = WindowRule(**description["window"])
     except (TypeError, KeyError, AttributeError) as error:
         raise FormatError(f"{folder / 'tokenizer.json'}: malformed configuration ({error})") from error
-    weights = read_tensors(folder / "encoder.safetensors") if encoder.state_dict() else {}
+    names = encoder.state_dict().keys()
+    path, weights = folder / "encoder.safetensors", dict[str, Tensor]()
+    if (base := description.get("encoder_base")) is not None:
+        weights = {name: value for name, value in _of_base(folder, base).items() if name in names}
+    if names and (base is None or path.exists()):  # all of them may be shared
+        weights |= read_tensors(path)
     try:
         encoder.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise FormatError(f"{folder / 'encoder.safetensors'} does not fit its configuration: {error}") from error
+        raise FormatError(f"{path} does not fit its configuration: {error}") from error
     quantizer = _quantizer(description, read_tensors(folder / "quantizer.safetensors"), folder)
     segmenter, silence_gap = _segmenter(description, folder)
     parts = {"encoder": encoder, "quantizer": quantizer, "window": window, "decoder": _decoder(description, folder)}

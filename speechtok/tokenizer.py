@@ -456,17 +456,26 @@ class Tokenizer:
         """The contents of ``tokenizer.json``: in a bundle and beside every output."""
         return bundle.describe(self)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, base: str | None = None) -> Path:
         """Write the bundle: ``tokenizer.json`` and for each part with weights a file like ``encoder.safetensors``.
 
         Float32 weights take half the space where all values of a tensor are whole bfloat16 numbers.
 
+        Parameters
+        ----------
+        folder : path
+        base : str, optional
+            Name of a bundle beside `folder`. Encoder weights that it has, too, are not written again: the bundle can be
+            read only beside that one.
+
         Raises
         ------
+        InputError
+            If `base` has none of the encoder's weights.
         OutputError
             If the folder holds another tokenizer or cannot be written.
         """
-        bundle.write(Path(folder), self.describe(), self._parts)
+        bundle.write(Path(folder), self.describe(), self._parts, base)
         return Path(folder)
 
     @staticmethod

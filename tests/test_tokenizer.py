@@ -16,6 +16,7 @@ from speechtok.errors import (
     FingerprintError,
     FormatError,
     OutputError,
+    SpeechtokError,
     UnknownNameError,
 )
 from speechtok.frames import WindowRule
@@ -145,6 +146,39 @@ def test_damaged_bundles_are_refused(tmp_path, tokenizer, bidirectional):
         Tokenizer.load(tmp_path)
     with pytest.raises(OutputError, match="another tokenizer"):
         tokenizer.save(good)
+
+
+def test_encoder_weights_can_be_left_to_a_bundle_beside(tmp_path, tokenizer, bidirectional, clip):
+    bidirectional.save(tmp_path / "base")
+    other = Tokenizer(bidirectional.encoder, KMeans(np.eye(3, bidirectional.encoder.dim)), name="other")
+    folder = other.save(tmp_path / "other", base="base")
+    whole = other.save(tmp_path / "whole")
+    assert json.loads((folder / "tokenizer.json").read_text())["encoder_base"] == "base"
+    assert not (folder / "encoder.safetensors").exists()
+    again = Tokenizer.load(folder)
+    assert again.fingerprint == other.fingerprint == Tokenizer.load(whole).fingerprint
+    np.testing.assert_array_equal(again.encode(clip).ids, other.encode(clip).ids)
+    again.save(tmp_path / "copy")  # without a base it is whole
+    with torch.no_grad():
+        again.encoder.feature_projection.projection.bias += 1
+    changed = Tokenizer(again.encoder, again.quantizer, name="changed")
+    partly = changed.save(tmp_path / "partly", base="base")
+    assert load_file(partly / "encoder.safetensors").keys() == {"feature_projection.projection.bias"}
+    assert Tokenizer.load(partly).fingerprint == changed.fingerprint != other.fingerprint
+    shutil.rmtree(tmp_path / "base")
+    assert Tokenizer.load(tmp_path / "copy").fingerprint == other.fingerprint
+    with pytest.raises(FormatError, match="must lie beside it"):
+        Tokenizer.load(folder)
+    tokenizer.save(tmp_path / "base")  # of another encoder
+    with pytest.raises(FormatError):
+        Tokenizer.load(folder)
+    with pytest.raises(SpeechtokError):
+        other.save(tmp_path / "none", base="base")
+    for bad in ("../other", "", "..", 3):
+        edited = json.loads((folder / "tokenizer.json").read_text()) | {"encoder_base": bad}
+        (folder / "tokenizer.json").write_text(json.dumps(edited))
+        with pytest.raises(FormatError, match="encoder_base"):
+            Tokenizer.load(folder)
 
 
 def test_parts_must_fit(tokenizer):
