@@ -51,6 +51,9 @@ bench: $(VENV)/.installed-dev
 	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m speechtok.benchmarks.segmentation --json benchmarks/results/segmentation.json
 	$(BIN)/python -m speechtok.benchmarks.cqt --json benchmarks/results/cqt.json
 	$(BIN)/python -m speechtok.benchmarks.residual --json benchmarks/results/residual.json
+	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m speechtok.benchmarks.lipcot --repeats 7 --data $(DATA)/speech/train --json benchmarks/results/lipcot.json
+	$(PIP) --no-deps sktime==1.2.0  # one of its data sets is read, and nothing imported
+	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m speechtok.benchmarks.lipcot_probe --data $(DATA) --json benchmarks/results/lipcot_probe.json
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

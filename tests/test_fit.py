@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import speechtok
 from speechtok.encoders.mfcc import MfccEncoder
-from speechtok.errors import InputError
+from speechtok.errors import AudioError, InputError
 from speechtok.frames import WindowRule
 from speechtok.segmenters import Greedy, MinCut, NormPeaks
 from speechtok.segmenters.pool import pool
@@ -97,6 +97,25 @@ def test_a_fit_is_repeated_to_the_bit(clips):
     options = {"segmenter": LOUD, "iterations": 3, "restarts": 1, "sample_frames": 40}
     one, two, other = (fit(str(clips), MfccEncoder(), 8, name="x", seed=seed, **options)[0] for seed in (0, 0, 1))
     assert one.fingerprint == two.fingerprint != other.fingerprint
+
+
+def test_arrays_are_fitted_like_files(tmp_path):
+    rng = np.random.default_rng(0)
+    waves = [rng.normal(0, 0.1, samples).astype(np.float32) for samples in (16000, 1000, 40000)]
+    for index, wave in enumerate(waves):
+        soundfile.write(tmp_path / f"{index}.wav", wave, 16000, subtype="FLOAT")
+    options = {"name": "x", "iterations": 3, "restarts": 1, "window": WindowRule(1.0, 0.3)}
+    (files, told), (arrays, report) = (fit(source, MfccEncoder(), 8, **options) for source in (str(tmp_path), waves))
+    assert arrays.fingerprint == files.fingerprint
+    assert report == told
+    assert report["files"] == 3
+    # Segments cross windows there, too.
+    cut, report = fit(waves, MfccEncoder(), 4, segmenter=Greedy(0.1), **options)
+    assert cut.fingerprint == fit(str(tmp_path), MfccEncoder(), 4, segmenter=Greedy(0.1), **options)[0].fingerprint
+    with pytest.raises(InputError, match="a list of 1 arrays gives 1 frames, fewer than 8 clusters"):
+        fit([waves[0][:400]], MfccEncoder(), 8, **options)
+    with pytest.raises(AudioError):
+        fit([np.array([0.0, np.nan])], MfccEncoder(), 8, **options)
 
 
 def test_spherical_is_as_good_as_sklearn(clips):

@@ -445,3 +445,27 @@ def test_fits_that_have_no_decoder(clips, tmp_path):
 def test_reflection_of_decoded_units_is_inside(tokenizer):
     lpc, _ = filters_of(tokenizer.quantizer.centroids, tokenizer.encoder.config)
     assert float(lpc_to_reflection(lpc).abs().max()) < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the shipped one
+
+
+def test_the_shipped_tokenizer(clip_wave):
+    tokenizer = hub.load("lipcot-k256")
+    assert (tokenizer.vocab_size, tokenizer.encoder.config, tokenizer.rate) == (256, LipcotConfig(), 50)
+    units = tokenizer.encode(clip_wave, 16000)
+    assert len(np.unique(units.ids)) > 50
+    with tokenizer.stream(16000) as stream:
+        parts = [stream.push(piece) for piece in random_pieces(clip_wave, 16000, random.Random(0))]
+        parts.append(stream.flush())
+    assert Units.concatenate(parts) == units
+    wave = tokenizer.decode(units)
+    assert wave.shape == (len(units) * 320,)
+    assert np.isfinite(wave).all()
+    power, decoded = (np.log10((x[: len(wave)].reshape(-1, 320) ** 2).mean(1) + 1e-9) for x in (clip_wave, wave))
+    assert np.corrcoef(power, decoded)[0, 1] > 0.7  # loud where the speech is loud
+    silence = tokenizer.encode(np.zeros(16000, np.float32), 16000)
+    assert len(silence) == 49
+    assert len(np.unique(silence.ids)) == 1
+    assert np.abs(tokenizer.decode(silence)).max() < 1e-2

@@ -139,13 +139,8 @@ class LipcotEncoder(Encoder):
     nothing is resampled. Cut long ones with a rule in seconds that fits their pace::
 
         encoder = LipcotEncoder(LipcotConfig(sample_rate=500, window=500, hop=250, warp=0.2, floor=1e-6))
-        frames = encoder(torch.from_numpy(recordings)).features.flatten(0, 1).numpy()  # recordings [B, N]
-        clusters = faiss.Kmeans(encoder.dim, 64)
-        clusters.train(frames)
-        tokenizer = Tokenizer(
-            encoder, KMeans(clusters.centroids), decoder=LipcotWaves(encoder.config), name="eeg",
-            window=WindowRule(max_seconds=3600, context_seconds=0),
-        )
+        rule = WindowRule(max_seconds=3600, context_seconds=0)
+        tokenizer, _ = speechtok.training.kmeans.fit(recordings, encoder, 64, name="eeg", window=rule)  # arrays [N]
         units = tokenizer.encode(recording, sample_rate=500)
     """
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from speechtok.encoders.lipcot import LipcotConfig, LipcotEncoder
 from speechtok.errors import FormatError, InputError
 from speechtok.tokenizer import Tokenizer
 from speechtok.training.layers import pooled
@@ -196,7 +197,13 @@ def share_alike(folder: Path) -> float:
 
 
 def write_card(
-    folder: Path, own: Figures, others: Sequence[Figures], data: Sequence[Corpus], command: str, origin: Origin | None
+    folder: Path,
+    own: Figures,
+    others: Sequence[Figures],
+    data: Sequence[Corpus],
+    command: str,
+    origin: Origin | None,
+    minutes: int | None = None,
 ) -> Path:
     """Write ``README.md`` of a tokenizer.
 
@@ -212,6 +219,8 @@ def write_card(
         That makes it.
     origin : Origin, optional
         For trained encoders.
+    minutes : int, optional
+        Of CPU time that reading, frames and clusters took.
 
     Raises
     ------
@@ -229,7 +238,7 @@ def write_card(
         "## Data",
         describe_data(data, (folder / "CREDITS.md").exists()),
         "## Recipe",
-        _recipe(tokenizer, origin, command),
+        _recipe(tokenizer, origin, command, minutes),
         "## Measured quality",
         _measured(own, others),
         "## Limits",
@@ -253,6 +262,8 @@ def metadata(path: Path) -> list[dict[str, Any]]:
 
 
 def _intro(tokenizer: Tokenizer, origin: Origin | None) -> str:
+    if isinstance(tokenizer.encoder, LipcotEncoder):
+        return _lipcot_intro(tokenizer, tokenizer.encoder.config)
     if origin is None:
         return (
             f"Kaldi MFCC with deltas ({tokenizer.encoder.dim} dimensions, {tokenizer.rate:g} per second) and "
@@ -263,6 +274,18 @@ def _intro(tokenizer: Tokenizer, origin: Origin | None) -> str:
         f"A small w2v-BERT encoder (Chung et al. 2021, arXiv:2108.06209) that was pre-trained on unlabelled speech, "
         f"and {tokenizer.vocab_size} k-means clusters on the {_where(origin)} of "
         f"{len(origin.sweep)}; later blocks are not stored."
+    )
+
+
+def _lipcot_intro(tokenizer: Tokenizer, config: LipcotConfig) -> str:
+    window, rate = 1000 * config.window / config.sample_rate, tokenizer.rate
+    warped = f" on a frequency axis warped by {config.warp:g}" if config.warp else ""
+    return (
+        f"LiPCoT (Anjum 2024, arXiv:2408.07292). Every window of {window:g} ms is a linear prediction filter "
+        f"of {config.order} poles by Burg's method{warped}; its features ({config.feature}, {config.dim} dimensions, "
+        f"{rate:g} per second) are put into {tokenizer.vocab_size} k-means clusters. There is no network and no "
+        "gradient: nothing is learned but the clusters. A unit is a filter, so `decode` turns units into sound again: "
+        "noise through these filters, which whispers."
     )
 
 
@@ -286,6 +309,7 @@ def _facts(tokenizer: Tokenizer, folder: Path, own: Figures) -> str:
             "runs and durations",
         ),
         ("streams", stream),
+        *([("decoder", "to whispering, without weights")] if isinstance(tokenizer.encoder, LipcotEncoder) else []),
         ("size of the weights", weights_size(folder)),
         ("licence of the weights", tokenizer.licence),
         ("fingerprint", f"`{tokenizer.fingerprint}`"),
@@ -325,13 +349,14 @@ def data_table(data: Sequence[Corpus]) -> str:
     return text + markdown_table(["corpus", "files", "hours", "speakers", "licence", "by way of"], rows)
 
 
-def _recipe(tokenizer: Tokenizer, origin: Origin | None, command: str) -> str:
+def _recipe(tokenizer: Tokenizer, origin: Origin | None, command: str, minutes: int | None) -> str:
     fit = tokenizer.training
+    took = "" if minutes is None else f" Reading, frames and clusters took {minutes} min of CPU time."
     text = (
         f"Clusters: of {fit['frames seen']:,} frames a uniform sample of {fit['frames sampled']:,}, "
         f"{fit['iterations']} iterations, best of {fit['restarts']} starts, seed {fit['seed']}, "
         f"{'each dimension standardised' if fit['standardized'] else 'no standardisation'}; {fit['dead clusters']} "
-        f"dead clusters, perplexity {fit['perplexity']:.1f} on the sample.\n\nTo make it again: `{command}`."
+        f"dead clusters, perplexity {fit['perplexity']:.1f} on the sample.{took}\n\nTo make it again: `{command}`."
     )
     if origin is None:
         return text
@@ -415,6 +440,13 @@ def _limits(tokenizer: Tokenizer, data: Sequence[Corpus]) -> str:
         f"It has heard {sum(corpus.hours for corpus in data):.1f} h of read English (see Data); other languages, music "
         "and spontaneous speech were neither trained on nor measured here."
     )
+    if isinstance(tokenizer.encoder, LipcotEncoder):
+        return (
+            "A baseline that needs no training, not a substitute for learned units: filters hear the channel and the "
+            "speaker as MFCC do, and the filter of a noisy window is that of speech and noise together (see the edit "
+            "distances). A filter has neither pitch nor phase, so what is decoded is whispered and without melody; its "
+            "quality was not measured. " + heard
+        )
     if not tokenizer.encoder.state_dict():
         return (
             "MFCC hear the channel and the speaker: sound without high frequencies (telephone, strong lossy "

@@ -50,6 +50,8 @@ class Choices:
         Of the codec, and of the encoder of music that it teaches.
     few, many : int
         Vocabularies; the tokenizer that is called like the encoder has `many`, and so has that of music.
+    filters : int
+        Vocabulary of the LiPCoT tokenizer.
     syllables : int
         Vocabulary of the tokenizer of syllables, without its silence unit.
     standardize : bool
@@ -72,6 +74,7 @@ class Choices:
     mert_recipe: str | Path
     few: int = 100
     many: int = 500
+    filters: int = 256
     syllables: int = 2000
     standardize: bool = False
     sample_frames: int = 1_000_000

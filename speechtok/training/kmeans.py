@@ -5,7 +5,7 @@ draws a number, the smallest win) and faiss clusters the sample. Drawing depends
 place in it, on nothing else.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from speechtok.audio.decode import as_mono
 from speechtok.canonical import block_context
 from speechtok.codecs.build import inverse
 from speechtok.corpus.engine import Event
@@ -21,12 +22,13 @@ from speechtok.corpus.shard import Decoder
 from speechtok.corpus.sources import scan
 from speechtok.encoders.base import Encoder
 from speechtok.errors import InputError
-from speechtok.frames import WindowRule
+from speechtok.frames import Context, FrameGrid, Window, WindowRule
 from speechtok.kernels.nearest import nearest_centroids
 from speechtok.quantizers.kmeans import KMeans
 from speechtok.segmenters.base import Segmenter
 from speechtok.segmenters.pool import pool
 from speechtok.tokenizer import DEFAULT_WINDOW, Tokenizer, usable_device
+from speechtok.windows import cut
 
 __all__ = ["FrameSample", "SegmentMeans", "fit"]
 
@@ -75,9 +77,19 @@ class FrameSample:
 _Rows = tuple[int, int, NDArray[np.float32]]
 
 
-def _frames(decoder: Decoder, encoder: Encoder, device: torch.device) -> Iterator[_Rows]:
+_Pieces = Iterable[tuple[int, Window, NDArray[np.float32]]]
+
+
+def _cut(arrays: Iterable[Any], grid: FrameGrid, rule: WindowRule, context: Context | None) -> _Pieces:
+    """Windows of arrays, as `Decoder` gives those of files."""
+    for index, array in enumerate(arrays):
+        for window, wave in cut([as_mono(array)], grid, rule, context):
+            yield index, window, wave
+
+
+def _frames(pieces: _Pieces, encoder: Encoder, device: torch.device) -> Iterator[_Rows]:
     """Frames of all files, window by window."""
-    for index, piece, wave in decoder:
+    for index, piece, wave in pieces:
         with torch.inference_mode():
             frames = encoder(torch.from_numpy(wave)[None].to(device)).features[0]
         yield index, piece.first, frames[piece.skip : piece.skip + piece.count].cpu().numpy()
@@ -129,8 +141,20 @@ class SegmentMeans:
             yield pool(np.concatenate(held), spans - begin)
 
 
+def _read(
+    source: str | Sequence[Any], grid: FrameGrid, rule: WindowRule, context: Context | None
+) -> tuple[list[str], list[str], _Pieces]:
+    """Names of sounds, why files were rejected, and the windows of the sounds."""
+    if not isinstance(source, str):
+        return [f"array {index}" for index in range(len(source))], [], _cut(source, grid, rule, context)
+    listing = scan(source)
+    # One decode thread: files keep their order, batches are the same in every run, and so is the result, to the bit.
+    decoder = Decoder(listing.utterances, grid, rule, threads=1, context=context)
+    return [str(one.path) for one in listing.utterances], [bad.reason for bad in listing.rejected], decoder
+
+
 def fit(
-    source: str,
+    source: str | Sequence[Any],
     encoder: Encoder,
     clusters: int,
     *,
@@ -152,8 +176,9 @@ def fit(
 
     Parameters
     ----------
-    source : path or glob
-        As for ``tokenize``; files that cannot be used are counted and left out.
+    source : path or glob, or sequence of arrays
+        As for ``tokenize``; files that cannot be used are counted and left out. Arrays, float [N], have the encoder's
+        own sample rate, so that any series of numbers can be taken.
     encoder : Encoder
     clusters : int
         K.
@@ -184,6 +209,8 @@ def fit(
     InputError
         If there are fewer frames or segments than clusters, the window rule does not fit the encoder, or there is a
         `silence_gap` without a segmenter.
+    AudioError
+        If an array is no series of finite numbers.
     """
     import faiss
 
@@ -191,24 +218,21 @@ def fit(
         raise InputError(f"silence_gap {silence_gap} counts frames between segments; give 0 or more, and a segmenter")
     context = encoder.context if segmenter is None else block_context(encoder)
     window.core(encoder.grid, context)  # refuses a rule that does not fit before anything is read
-    listing = scan(source)
+    names, rejected, pieces = _read(source, encoder.grid, window, context)
     sample = FrameSample(sample_frames, encoder.dim, seed)
-    # One decode thread: files keep their order, batches are the same in every run, and so is the result, to the bit.
-    decoder = Decoder(listing.utterances, encoder.grid, window, threads=1, context=context)
     place = usable_device(device)
-    frames = _frames(decoder, encoder.to(place).eval(), place)
+    frames = _frames(pieces, encoder.to(place).eval(), place)
     segments = None if segmenter is None else SegmentMeans(frames, segmenter)
     for index, first, piece in frames if segments is None else segments:
         sample.add(piece, (index, first))
-        on_event(Event("sample", index + 1, len(listing.utterances)))
+        on_event(Event("sample", index + 1, len(names)))
     rows, what, pace = sample.rows(), "frames", {}
+    sources = pieces.sources if isinstance(pieces, Decoder) else []
+    errors = {index: entry.error for index, entry in enumerate(sources) if entry.error is not None}
     if segments is not None:
         what, pace = "segments", {"segments per second": sample.seen / max(1, segments.frames) * encoder.grid.rate}
-        for index, reason in segments.errors.items():
-            decoder.sources[index].error = f"{listing.utterances[index].path}: {reason}"
-    failed = [entry.error for entry in decoder.sources if entry.error is not None] + [
-        bad.reason for bad in listing.rejected
-    ]
+        errors |= {index: f"{names[index]}: {reason}" for index, reason in segments.errors.items()}
+    failed = [errors[index] for index in sorted(errors)] + rejected
     mean = scale = None
     if standardize and len(rows):
         mean, scale = rows.mean(0), np.maximum(rows.std(0), 1e-5)
@@ -218,7 +242,8 @@ def fit(
         rows = rows[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
     if len(rows) < clusters:
         hint = f"; the first unusable file: {failed[0]}" if failed else ""
-        raise InputError(f"{source} gives {len(rows)} {what}, fewer than {clusters} clusters{hint}")
+        where = source if isinstance(source, str) else f"a list of {len(names)} arrays"
+        raise InputError(f"{where} gives {len(rows)} {what}, fewer than {clusters} clusters{hint}")
     on_event(Event("fit", 0, 1))
     kmeans = faiss.Kmeans(
         encoder.dim,
@@ -236,7 +261,7 @@ def fit(
     counts = np.bincount(ids.numpy(), minlength=clusters)
     share = counts[counts > 0] / counts.sum()
     report = {
-        "files": len(listing.utterances) + len(listing.rejected) - len(failed),
+        "files": len(names) + len(rejected) - len(failed),
         "files failed": len(failed),
         f"{what} seen": sample.seen,
         f"{what} sampled": len(rows),

@@ -6,11 +6,14 @@ they need of others they name, and follow when it changes.
 
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 from speechtok.corpus.engine import Event
 from speechtok.encoders.base import Encoder
+from speechtok.encoders.lipcot import LipcotEncoder
 from speechtok.encoders.mfcc import MfccEncoder
 from speechtok.encoders.pretrained import from_pretrained
 from speechtok.errors import InputError
@@ -86,28 +89,39 @@ def steps(
     )  # fmt: skip
     job = Job(places, choices, recipe, syllable_recipe, codec_recipe, mert_recipe, device, command, on_event)
     sounds.cache_clear()  # files may have changed since the last call
-    few, many = choices.few, choices.many
+    few, many, filters = choices.few, choices.many, choices.filters
     baselines = {f"mfcc-k{count}": count for count in (few, many)}
-    result = [_fit_step(job, name, count) for name, count in baselines.items()]
-    result += [_log_mel_step(job, count) for count in (few, many)]
-    result += _measured(job, baselines)
+    result = [_fit_step(job, name, count, MfccEncoder()) for name, count in baselines.items()]
+    result += [_row_step(job, name, count, encoder) for name, (encoder, count) in _rows(choices).items()]
+    result += _measured(job, {name: [f"mfcc-k{count}", f"logmel-k{count}"] for name, count in baselines.items()})
+    result.append(_fit_step(job, f"lipcot-k{filters}", filters, LipcotEncoder()))
+    result += _measured(job, {f"lipcot-k{filters}": [f"mfcc-k{filters}"]})
     learned = _learned(few, many)
     result += [encoder_step(job, _pretraining(job), encoder), _layer_step(job)]
-    result += [_fit_step(job, name, count, on_encoder=True) for name, count in learned.items()]
-    result += _measured(job, learned)
+    result += [_fit_step(job, name, count) for name, count in learned.items()]
+    result += _measured(job, {name: [f"mfcc-k{count}", f"logmel-k{count}"] for name, count in learned.items()})
     result += syllable_models.steps(job, syllable_encoder, base=MODEL, base_encoder=ENCODER)
     result += codec_models.steps(job, codec)
     return result + music_models.steps(job, mert_encoder, teacher=codec_models.MODEL, base=MODEL)
 
 
-def _measured(job: Job, names: dict[str, int]) -> list[Step]:
-    """Tables and cards of tokenizers."""
+def _measured(job: Job, names: dict[str, list[str]]) -> list[Step]:
+    """Tables and cards of tokenizers, given with what each is compared with."""
     tables = [step for name in names for step in (_units_step(job, name), _abx_step(job, name))]
-    return tables + [_card_step(job, name, count) for name, count in names.items()]
+    return tables + [_card_step(job, name, others) for name, others in names.items()]
 
 
 def _learned(few: int, many: int) -> dict[str, int]:
     return {MODEL: many, f"{MODEL}-k{few}": few}
+
+
+def _rows(choices: Choices) -> dict[str, tuple[Encoder, int]]:
+    """Rows of the tables that are not shipped."""
+    counts = (choices.few, choices.many)
+    rows: dict[str, tuple[Encoder, int]] = {f"logmel-k{count}": (LogMelEncoder(), count) for count in counts}
+    if choices.filters not in counts:
+        rows[f"mfcc-k{choices.filters}"] = (MfccEncoder(), choices.filters)
+    return rows
 
 
 # -- encoder ----------------------------------------------------------------------------------------------------------
@@ -143,25 +157,31 @@ def _layer(job: Job, task: Task) -> Product:
 # -- quantizers -------------------------------------------------------------------------------------------------------
 
 
-def _fit_step(job: Job, name: str, clusters: int, *, on_encoder: bool = False) -> Step:
+def _fit_step(job: Job, name: str, clusters: int, baseline: Encoder | None = None) -> Step:
+    """Clusters on frames of an encoder without weights, or on those of the trained one."""
+    settings = _settings(job, clusters, baseline)
+    needs = () if baseline else (ENCODER, LAYER)
+    data = {"train": sounds(job.speech("train"))}
+    return Step(name, "tokenizer", partial(_bundle, job, name, baseline, settings), needs, settings, data)
+
+
+def _settings(job: Job, clusters: int, baseline: Encoder | None) -> dict[str, Any]:
     choices = job.choices
-    settings = {
+    return {
         "clusters": clusters,
-        "standardize": choices.standardize if on_encoder else False,
-        "sample_frames": choices.encoder_sample_frames if on_encoder else choices.sample_frames,
+        "standardize": False if baseline else choices.standardize,
+        "sample_frames": choices.sample_frames if baseline else choices.encoder_sample_frames,
         "iterations": choices.iterations,
         "restarts": choices.restarts,
         "seed": choices.seed,
-    }
-    needs = (ENCODER, LAYER) if on_encoder else ()
-    data = {"train": sounds(job.speech("train"))}
-    return Step(name, "tokenizer", partial(_bundle, job, name, settings), needs, settings, data)
+    } | ({"encoder": baseline.config_dict()} if isinstance(baseline, LipcotEncoder) else {})
 
 
-def _bundle(job: Job, name: str, settings: dict[str, Any], task: Task) -> Product:
-    encoder: Encoder = MfccEncoder()
-    origin: dict[str, Any] = {}
-    if ENCODER in task.needs:
+def _bundle(job: Job, name: str, baseline: Encoder | None, settings: dict[str, Any], task: Task) -> Product:
+    begin, origin = process_time(), dict[str, Any]()
+    if baseline is not None:
+        encoder = baseline
+    else:
         layer, trained = task.needs[LAYER].facts["layer"], task.needs[ENCODER]
         # Only the blocks below the layer are loaded, and only they are saved.
         encoder = from_pretrained(trained.file("encoder.json").parent, layer)
@@ -170,11 +190,12 @@ def _bundle(job: Job, name: str, settings: dict[str, Any], task: Task) -> Produc
     tokenizer, report = _fit(job, encoder, name, settings)
     tokenizer.training = report | origin
     curves = curves_of(task.needs[ENCODER]) if name == MODEL else None
-    return save_bundle(tokenizer, job.bundle(name), curves, report)
+    # In whole minutes of all threads, and not in the bundle: a fit that is repeated should come out as it was.
+    return save_bundle(tokenizer, job.bundle(name), curves, report | {"minutes": ceil((process_time() - begin) / 60)})
 
 
 def _fit(job: Job, encoder: Encoder, name: str, settings: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    options = {key: value for key, value in settings.items() if key != "clusters"}
+    options = {key: value for key, value in settings.items() if key not in ("clusters", "encoder")}
     return fit(
         str(job.speech("train")), encoder, settings["clusters"], name=name, licence=LICENCE, device=job.device,
         on_event=job.on_event, **options,
@@ -212,25 +233,23 @@ def _abx_table(job: Job, tokenizer: Tokenizer) -> Path:
     return write_table(job.table("abx", tokenizer.name), tables)
 
 
-def _log_mel_step(job: Job, clusters: int) -> Step:
-    name = f"logmel-k{clusters}"
-    settings = dict(_fit_step(job, name, clusters).settings)
+def _row_step(job: Job, name: str, clusters: int, encoder: Encoder) -> Step:
+    settings = _settings(job, clusters, encoder)
     data = {"train": sounds(job.speech("train"))} | aligned(job.speech("eval")) | changes(job.places.data)
-    return Step(name, "table", partial(_log_mel, job, name, settings), settings=settings, data=data)
+    return Step(name, "table", partial(_row, job, name, encoder, settings), settings=settings, data=data)
 
 
-def _log_mel(job: Job, name: str, settings: dict[str, Any], task: Task) -> Product:
-    """A row of the tables that is not shipped."""
-    tokenizer = _fit(job, LogMelEncoder(), name, settings)[0].to(job.device)
+def _row(job: Job, name: str, encoder: Encoder, settings: dict[str, Any], task: Task) -> Product:
+    tokenizer = _fit(job, encoder, name, settings)[0].to(job.device)
     return Product((_units_table(job, tokenizer), _abx_table(job, tokenizer)))
 
 
 # -- cards ------------------------------------------------------------------------------------------------------------
 
 
-def _card_step(job: Job, name: str, clusters: int) -> Step:
-    others = [other for other in (f"mfcc-k{clusters}", f"logmel-k{clusters}") if other != name]
-    tables = [step for other in (name, *others) for step in _table_steps(other)]
+def _card_step(job: Job, name: str, others: list[str]) -> Step:
+    others = [other for other in others if other != name]
+    tables = [step for other in (name, *others) for step in _table_steps(job, other)]
     learned = name in _learned(job.choices.few, job.choices.many)
     needs = (name, *tables, *((MODEL, ENCODER, LAYER) if learned else ()))
     data = {"credits of train": text(job.speech("train"), "metadata.jsonl")}
@@ -241,8 +260,8 @@ def _card_step(job: Job, name: str, clusters: int) -> Step:
     return Step(f"card_{name}", "card", build, tuple(dict.fromkeys(needs)), {"command": command}, data)
 
 
-def _table_steps(name: str) -> tuple[str, ...]:
-    return (name,) if name.startswith("logmel") else (f"units_{name}", f"abx_{name}")
+def _table_steps(job: Job, name: str) -> tuple[str, ...]:
+    return (name,) if name in _rows(job.choices) else (f"units_{name}", f"abx_{name}")
 
 
 def _card(job: Job, name: str, others: list[str], command: str, task: Task) -> Product:
@@ -258,5 +277,6 @@ def _card(job: Job, name: str, others: list[str], command: str, task: Task) -> P
         if mixes_noise(facts["config"]):
             made.append(write_credits(folder, job.places.data / "noise"))
     figures = [Figures.read(job.table("units", x), job.table("abx", x)) for x in (name, *others)]
-    write_card(folder, figures[0], figures[1:], corpora(job.speech("train")), command, origin)
+    minutes = task.needs[name].facts.get("minutes")  # of fits before they were timed none are known
+    write_card(folder, figures[0], figures[1:], corpora(job.speech("train")), command, origin, minutes)
     return Product(tuple(made))
