@@ -270,6 +270,19 @@ log_every = 10
 step = 15
 learning_rate = 1e-3
 """
+ROBUST_RECIPE = """kind = "invariant"
+[objective]
+method = "ctc"
+blocks = 1
+hidden = []
+rounds = 2
+[data]
+crop_seconds = [1.28]
+batch_seconds = 2.56
+[run]
+steps = 3
+log_every = 1
+"""
 TONE = 0.08  # s
 
 
@@ -305,6 +318,8 @@ class Toy:
         self.recipe.write_text(RECIPE)
         self.syllable_recipe = root / "sylber-mini-toy.toml"
         self.syllable_recipe.write_text(SYLLABLE_RECIPE)
+        self.robust_recipe = root / "robust-toy.toml"
+        self.robust_recipe.write_text(ROBUST_RECIPE)
         (self.places.root / "assets").mkdir(parents=True)
         rng = np.random.default_rng(0)
         for split in ("train", "dev", "eval"):
@@ -325,9 +340,9 @@ class Toy:
 
     def steps(self, **options) -> list[Step]:
         choices = models.Choices(
-            self.recipe, self.syllable_recipe, "codec-mini-cpu", "mert-mini-cpu", few=4, many=6, filters=5,
-            syllables=5, sample_frames=800, encoder_sample_frames=400, iterations=3, restarts=1, sweep_every=2,
-            continua=2,
+            self.recipe, self.syllable_recipe, "codec-mini-cpu", "mert-mini-cpu", self.robust_recipe, few=4, many=6,
+            filters=5, syllables=5, sample_frames=800, encoder_sample_frames=400, iterations=3, restarts=1,
+            sweep_every=2, continua=2,
         )  # fmt: skip
         return models.steps(self.places, choices, **options)
 
@@ -354,6 +369,7 @@ class Copy(Toy):
 
     def __init__(self, toy: Toy, places: models.Places) -> None:
         self.places, self.recipe, self.syllable_recipe = places, toy.recipe, toy.syllable_recipe
+        self.robust_recipe = toy.robust_recipe
 
 
 @pytest.fixture(scope="module")
@@ -364,17 +380,19 @@ def toy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Frames of an encoder of three steps fall apart whatever the thresholds.
         patch.setattr("speechtok.evaluation.boundaries.RATES", (1.0, 50.0))
+        patch.setattr("speechtok.training.invariant._worse", lambda before, after: "")  # three steps teach nothing
         assert made.run()[0] == "mfcc-k4"
         yield made
     torch.set_num_threads(threads)
 
 
+ROBUST = "w2vbert-mini-robust"
 SHIPPED = ["mfcc-k4", "mfcc-k6", "w2vbert-mini", "w2vbert-mini-k4", "lipcot-k5"]  # of frames
 
 
 def test_all_shipped_models_come_out(toy):
     assert sorted(path.parent.name for path in toy.asset().glob("*/tokenizer.json")) == sorted(
-        [*SHIPPED, "sylber-mini"]
+        [*SHIPPED, ROBUST, "sylber-mini"]
     )
     entries = models.record(toy.places).entries
     layer = entries["w2vbert-mini-layer"]["facts"]["layer"]
@@ -398,6 +416,27 @@ def test_all_shipped_models_come_out(toy):
     # Both learned ones read the same frames.
     first, second = (load_file(toy.asset(name, "encoder.safetensors")) for name in SHIPPED[2:4])
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_robust_tokenizer_shares_its_encoder(toy):
+    made, teacher = (speechtok.load(toy.asset(name)) for name in (ROBUST, "w2vbert-mini-k4"))
+    states, shared = made.encoder.state_dict(), load_file(toy.asset("w2vbert-mini", "encoder.safetensors"))
+    own = load_file(toy.asset(ROBUST, "encoder.safetensors"))
+    layer = teacher.encoder.layer
+    assert len(made.encoder.blocks) == layer + 1 and made.vocab_size == 4
+    assert {name.split(".")[2] for name in own} == {str(layer)} and states.keys() == own.keys() | (
+        states.keys() & shared.keys()
+    )
+    rows = made.training["rounds"]
+    assert [row["round"] for row in rows] == [0, 1, 2] and made.training["tokenizer"] == teacher.name
+    card, makers = (toy.asset(ROBUST, name).read_text() for name in ("README.md", "CREDITS.md"))
+    assert f"| 2 | {rows[2]['ued_stretch']:.1f} |" in card and "train maker" in makers
+    results = toy.places.root / "benchmarks" / "results"
+    was, found = (
+        json.loads((results / f"units_{name}.json").read_text())[0]["groups"]["native"]["ued"]["noise"]["ued"]
+        for name in (teacher.name, ROBUST)
+    )
+    assert f"| noise | {was:.1f} | {found:.1f} | {100 * (found / was - 1):+.1f} % |" in card
 
 
 def test_tables_and_cards_say_the_same(toy):

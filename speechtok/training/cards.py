@@ -22,10 +22,12 @@ __all__ = [
     "describe_data",
     "describe_encoder",
     "describe_run",
+    "facts_table",
     "frame_delay",
     "markdown_table",
     "metadata",
     "number",
+    "quality",
     "share_alike",
     "weights_size",
     "write_card",
@@ -90,6 +92,14 @@ class Figures:
             return cls(first, frames, runs)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{units} and {abx} are no tables of a tokenizer ({error!r}); make them anew") from error
+
+    def of(self, folder: Path) -> Tokenizer:
+        """The tokenizer of a bundle; FormatError if these are figures of another one."""
+        tokenizer = Tokenizer.load(folder)
+        for table in (self.units, self.frames_abx, self.units_abx):
+            if table["fingerprint"] != tokenizer.fingerprint:
+                raise FormatError(f"{folder}: the tables were made with {table['fingerprint']}; make them anew")
+        return tokenizer
 
 
 @dataclass(frozen=True)
@@ -227,20 +237,17 @@ def write_card(
     FormatError
         If the figures are those of another tokenizer.
     """
-    tokenizer = Tokenizer.load(folder)
-    for table in (own.units, own.frames_abx, own.units_abx):
-        if table["fingerprint"] != tokenizer.fingerprint:
-            raise FormatError(f"{folder}: the tables were made with {table['fingerprint']}; make them anew")
+    tokenizer = own.of(folder)
     parts = [
         f"# {tokenizer.name}",
         _intro(tokenizer, origin),
-        _facts(tokenizer, folder, own),
+        facts_table(tokenizer, folder, own),
         "## Data",
         describe_data(data, (folder / "CREDITS.md").exists()),
         "## Recipe",
         _recipe(tokenizer, origin, command, minutes),
         "## Measured quality",
-        _measured(own, others),
+        quality(own, others),
         "## Limits",
         _limits(tokenizer, data),
     ]
@@ -295,7 +302,8 @@ def _where(origin: Origin) -> str:
     return f"{what} block {origin.layer}"
 
 
-def _facts(tokenizer: Tokenizer, folder: Path, own: Figures) -> str:
+def facts_table(tokenizer: Tokenizer, folder: Path, own: Figures) -> str:
+    """Rate, vocabulary, bit rates, streams, size and licence of a bundle."""
     figures, delay = pooled(own.units)["bitrate"], frame_delay(tokenizer)
     stream = "approximate: frames depend on the whole utterance"
     if delay is not None:
@@ -326,7 +334,7 @@ def frame_delay(tokenizer: Tokenizer) -> float | None:
 
 
 def weights_size(folder: Path) -> str:
-    """Size of the weights of a bundle."""
+    """Size of the weights of a bundle, without those that it shares."""
     return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.2f} MB"
 
 
@@ -398,7 +406,8 @@ def describe_run(origin: Origin, where: str = "all blocks") -> str:
     return "; ".join(known)
 
 
-def _measured(own: Figures, others: Sequence[Figures]) -> str:
+def quality(own: Figures, others: Sequence[Figures]) -> str:
+    """The section on measured figures of a tokenizer, next to those of others."""
     conventions = own.units["conventions"]
     phones, costs = [], []
     for figures in (own, *others):

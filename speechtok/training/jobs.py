@@ -48,6 +48,8 @@ class Choices:
         Of the encoder, and of the one of syllables that begins with it.
     codec_recipe, mert_recipe : str or Path
         Of the codec, and of the encoder of music that it teaches.
+    invariant_recipe : str or Path
+        Of the units that stay the same under augmentation.
     few, many : int
         Vocabularies; the tokenizer that is called like the encoder has `many`, and so has that of music.
     filters : int
@@ -72,6 +74,7 @@ class Choices:
     syllable_recipe: str | Path
     codec_recipe: str | Path
     mert_recipe: str | Path
+    invariant_recipe: str | Path = "invariant-ctc"
     few: int = 100
     many: int = 500
     filters: int = 256
@@ -95,7 +98,7 @@ class Job:
     ----------
     places : Places
     choices : Choices
-    recipe, syllable_recipe, codec_recipe, mert_recipe : Recipe
+    recipe, syllable_recipe, codec_recipe, mert_recipe, invariant_recipe : Recipe
         Those of the choices.
     device : str
     command : str
@@ -110,6 +113,7 @@ class Job:
     syllable_recipe: Recipe
     codec_recipe: Recipe
     mert_recipe: Recipe
+    invariant_recipe: Recipe
     device: str
     command: str
     on_event: Callable[[Event], None]
@@ -135,7 +139,9 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def save_bundle(tokenizer: Tokenizer, folder: Path, curves: Path | None, report: dict[str, Any]) -> Product:
+def save_bundle(
+    tokenizer: Tokenizer, folder: Path, curves: Path | None, report: dict[str, Any], base: str | None = None
+) -> Product:
     """Put a tokenizer, and the curves of its training, in the place of what an earlier run left.
 
     Parameters
@@ -146,11 +152,13 @@ def save_bundle(tokenizer: Tokenizer, folder: Path, curves: Path | None, report:
         Picture that goes with it.
     report : dict
         Facts of the product.
+    base : str, optional
+        See `Tokenizer.save`.
     """
     # A bundle never overwrites another one; the old one goes only now that the new one is there.
     for old in (*BUNDLE, CURVES):
         (folder / old).unlink(missing_ok=True)
-    tokenizer.to("cpu").save(folder)
+    tokenizer.to("cpu").save(folder, base=base)
     if curves is not None:
         copy(curves, folder / CURVES)
     return Product(tuple(folder / file for file in (*BUNDLE, CURVES) if (folder / file).exists()), report)

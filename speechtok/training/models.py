@@ -1,6 +1,7 @@
 """All shipped tokenizers as a graph of steps: encoder, layer, quantizers, tables, cards.
 
-Steps of later models are added to `steps` (`speechtok.training.syllable_models`, `codec_models`, `music_models`); what
+Steps of later models are added to `steps` (`speechtok.training.invariant_models`,
+`syllable_models`, `codec_models`, `music_models`); what
 they need of others they name, and follow when it changes.
 """
 
@@ -20,12 +21,13 @@ from speechtok.errors import InputError
 from speechtok.evaluation import abx, units
 from speechtok.evaluation.log_mel import LogMelEncoder
 from speechtok.tokenizer import Tokenizer
-from speechtok.training import codec_models, music_models, syllable_models
+from speechtok.training import codec_models, invariant_models, music_models, syllable_models
 from speechtok.training.cards import Figures, Origin, corpora, write_card, write_credits
 from speechtok.training.compression import KIND as CODEC_KIND
 from speechtok.training.encoder_steps import Training, curves_of, encoder_step, mixes_noise, speech_data, training_noise
 from speechtok.training.fingerprints import aligned, changes, sounds, text
 from speechtok.training.graph import Product, Record, Step, Task
+from speechtok.training.invariant import KIND as INVARIANT_KIND
 from speechtok.training.jobs import CURVES, LICENCE, Choices, Job, Places, save_bundle, write_table
 from speechtok.training.kmeans import fit
 from speechtok.training.layers import best, sweep
@@ -80,14 +82,16 @@ def steps(
     InputError
         If data, recipe or encoder are missing or unusable.
     """
-    recipe, syllable_recipe, codec_recipe, mert_recipe = (
+    recipe, syllable_recipe, codec_recipe, mert_recipe, invariant_recipe = (
         Recipe.read(path, kind)
         for path, kind in (
             (choices.recipe, KIND), (choices.syllable_recipe, SYLLABLE_KIND), (choices.codec_recipe, CODEC_KIND),
-            (choices.mert_recipe, MERT_KIND),
+            (choices.mert_recipe, MERT_KIND), (choices.invariant_recipe, INVARIANT_KIND),
         )
     )  # fmt: skip
-    job = Job(places, choices, recipe, syllable_recipe, codec_recipe, mert_recipe, device, command, on_event)
+    job = Job(
+        places, choices, recipe, syllable_recipe, codec_recipe, mert_recipe, invariant_recipe, device, command, on_event
+    )
     sounds.cache_clear()  # files may have changed since the last call
     few, many, filters = choices.few, choices.many, choices.filters
     baselines = {f"mfcc-k{count}": count for count in (few, many)}
@@ -100,6 +104,7 @@ def steps(
     result += [encoder_step(job, _pretraining(job), encoder), _layer_step(job)]
     result += [_fit_step(job, name, count) for name, count in learned.items()]
     result += _measured(job, {name: [f"mfcc-k{count}", f"logmel-k{count}"] for name, count in learned.items()})
+    result += _robust(job, teacher=f"{MODEL}-k{few}", baseline=f"mfcc-k{few}")
     result += syllable_models.steps(job, syllable_encoder, base=MODEL, base_encoder=ENCODER)
     result += codec_models.steps(job, codec)
     return result + music_models.steps(job, mert_encoder, teacher=codec_models.MODEL, base=MODEL)
@@ -109,6 +114,17 @@ def _measured(job: Job, names: dict[str, list[str]]) -> list[Step]:
     """Tables and cards of tokenizers, given with what each is compared with."""
     tables = [step for name in names for step in (_units_step(job, name), _abx_step(job, name))]
     return tables + [_card_step(job, name, others) for name, others in names.items()]
+
+
+def _robust(job: Job, *, teacher: str, baseline: str) -> list[Step]:
+    name, others = invariant_models.MODEL, (teacher, baseline)
+    tables = [step for other in others for step in _table_steps(job, other)]
+    return [
+        invariant_models.tokenizer_step(job, teacher=teacher, base=MODEL),
+        _units_step(job, name),
+        _abx_step(job, name),
+        invariant_models.card_step(job, others, (*_table_steps(job, name), *tables)),
+    ]
 
 
 def _learned(few: int, many: int) -> dict[str, int]:
