@@ -74,7 +74,6 @@ def invariance(
             codebook=codebook, limit_files=limit_files, curve_files=curve_files, complexity_files=complexity_files,
             on_event=tell,
         )  # fmt: skip
-    result["conventions"] |= {"noise": str(noise or "shipped"), "rir": str(rir or "simulated"), "split": split}
     write_json(json_file, result)
     for path, reason in result["failed"].items():
         typer.echo(f"{path}: {reason}", err=True)
