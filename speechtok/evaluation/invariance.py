@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from speechtok.audio.augment import FAMILIES, STRENGTHS, AugmentResources, augment
+from speechtok.audio.augment import FAMILIES, STRENGTHS, AugmentResources, augment, parts_of
 from speechtok.audio.clips import Wave
 from speechtok.audio.decode import load
 from speechtok.audio.rooms import SimulatedRooms
@@ -157,6 +157,8 @@ def evaluate(
             )
     if not families or min(curve_files, complexity_files) < 0:
         raise InputError("give at least one family, and numbers of files that are not negative")
+    for family in families:
+        parts_of(family)  # refuses unknown ones before anything is decoded
     edit_distance.validate([np.zeros(1, int)], [np.zeros(1, int)], norm, agg)
     listing = scan(str(folder))
     failed = {bad.path: bad.reason for bad in listing.rejected}
