@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The pinned CPU build of torch satisfies every dependency; GPU users install another torch first (see README).
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint models bench clean
+.PHONY: demo test lint models bench bench-invariance clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,6 +51,12 @@ bench: $(VENV)/.installed-dev
 	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m speechtok.benchmarks.segmentation --json benchmarks/results/segmentation.json
 	$(BIN)/python -m speechtok.benchmarks.cqt --json benchmarks/results/cqt.json
 	$(BIN)/python -m speechtok.benchmarks.residual --json benchmarks/results/residual.json
+
+# Rows of one vocabulary under augmentation; ROWS="NAME LABEL=FOLDER ..." names others than the default ones. What the
+# program measured before stays in runs/invariance.
+bench-invariance: $(VENV)/.installed-dev
+	$(BIN)/python -m speechtok.benchmarks.invariance --data $(DATA) $(foreach row,$(ROWS),--tokenizer $(row)) \
+		--json benchmarks/results/invariance.json
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -51,7 +51,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         probe = torch.zeros(1, device=name)
         probe.tolist()  # "meta" takes values and gives none back
         return probe.device
-    # RuntimeError: unknown, or no kernels for it; AssertionError: torch was built without it; ImportError: a package is.
+    # RuntimeError: unknown, or no kernels; AssertionError: torch was built without it; ImportError: no package for it.
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"device {str(name)!r} cannot be used here ({reason}); the CPU is device 'cpu'") from error
