@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The pinned CPU build of torch satisfies every dependency; GPU users install another torch first (see README).
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint models bench clean
+.PHONY: demo test lint models bench bench-invariance clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +54,12 @@ bench: $(VENV)/.installed-dev
 	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m speechtok.benchmarks.lipcot --repeats 7 --data $(DATA)/speech/train --json benchmarks/results/lipcot.json
 	$(PIP) --no-deps sktime==1.2.0  # one of its data sets is read, and nothing imported
 	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m speechtok.benchmarks.lipcot_probe --data $(DATA) --json benchmarks/results/lipcot_probe.json
+
+# Rows of one vocabulary under augmentation; ROWS="NAME LABEL=FOLDER ..." names others than the default ones. What the
+# program measured before stays in runs/invariance.
+bench-invariance: $(VENV)/.installed-dev
+	$(BIN)/python -m speechtok.benchmarks.invariance --data $(DATA) $(foreach row,$(ROWS),--tokenizer $(row)) \
+		--json benchmarks/results/invariance.json
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
-    "Agg", "Device", "Json", "Limit", "Log", "LogMode", "Norm", "TokenizerName", "Tokenizers", "print_table",
-    "progress", "write_json",
+    "DEFAULT_TOKENIZER", "Agg", "AggChoice", "Device", "Json", "Limit", "Log", "LogMode", "Noises", "Norm",
+    "NormChoice", "Rooms", "TokenizerName", "Tokenizers", "print_table", "progress", "write_json",
 ]  # fmt: skip
 
 TokenizerName = Annotated[
@@ -38,6 +38,13 @@ Tokenizers = Annotated[
 Limit = Annotated[
     int | None, typer.Option("--limit-files", min=1, help="Use at most this many utterances, evenly spread.")
 ]
+Noises = Annotated[
+    Path | None,
+    typer.Option("--noise", metavar="DIR", help="Noises: sound files, or metadata.jsonl; default shipped ones."),
+]
+Rooms = Annotated[
+    Path | None, typer.Option("--rir", metavar="DIR", help="Room responses, likewise; default simulated rooms.")
+]
 
 
 class Norm(StrEnum):
@@ -53,6 +60,10 @@ class Agg(StrEnum):
 
     mean = "mean"
     pooled = "pooled"
+
+
+NormChoice = Annotated[Norm, typer.Option(help="Length that unit edits are divided by.")]
+AggChoice = Annotated[Agg, typer.Option(help="Mean of the utterances' ratios, or pooled.")]
 
 
 class LogMode(StrEnum):

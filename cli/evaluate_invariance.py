@@ -8,12 +8,16 @@ import typer
 from .common import (
     DEFAULT_TOKENIZER,
     Agg,
+    AggChoice,
     Device,
     Json,
     Limit,
     Log,
     LogMode,
+    Noises,
     Norm,
+    NormChoice,
+    Rooms,
     Tokenizers,
     print_table,
     progress,
@@ -33,22 +37,18 @@ def invariance(
             "joined by '+'. May be repeated."
         ),
     ] = None,
-    noise: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Noises: sound files, or metadata.jsonl; default shipped ones."),
-    ] = None,
-    rir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Room responses, likewise; default simulated rooms.")
-    ] = None,
+    noise: Noises = None,
+    rir: Rooms = None,
     split: Annotated[str, typer.Option(help="Of noises and rooms that have a listing: train, valid or test.")] = "test",
     legacy_half_snr: Annotated[
         bool, typer.Option("--legacy-half-snr", help="Halve every signal-to-noise ratio, as published mixers do.")
     ] = False,
-    norm: Annotated[Norm, typer.Option(help="Length that unit edits are divided by.")] = Norm.dedup_ref,
-    agg: Annotated[Agg, typer.Option(help="Mean of the utterances' ratios, or pooled.")] = Agg.mean,
+    norm: NormChoice = Norm.dedup_ref,
+    agg: AggChoice = Agg.mean,
     codebook: Annotated[int, typer.Option(min=0, help="The one that is compared.")] = 0,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     limit_files: Limit = None,
+    groups: Annotated[bool, typer.Option("--groups", help="Also each corpus (the first folder) apart.")] = False,
     curve_files: Annotated[int, typer.Option(min=0, help="Files for distances against strength; 0: no curves.")] = 40,
     complexity_files: Annotated[
         int, typer.Option(min=0, help="Files for augmentation complexity, frames and units; 0: none.")
@@ -64,32 +64,31 @@ def invariance(
     import speechtok
     from speechtok.audio.augment import FAMILIES, AugmentResources
     from speechtok.evaluation.invariance import evaluate as run
-    from speechtok.evaluation.invariance_report import write_report
+    from speechtok.evaluation.invariance_report import lines, write_report
 
     resources = AugmentResources.from_folders(noise, rir, split, legacy_half_snr)
     chosen = [speechtok.load(name, device=device) for name in tokenizer or [DEFAULT_TOKENIZER]]
     with progress(log) as tell:
         result = run(
             folder, chosen, families=family or FAMILIES, resources=resources, seed=seed, norm=norm.value, agg=agg.value,
-            codebook=codebook, limit_files=limit_files, curve_files=curve_files, complexity_files=complexity_files,
-            on_event=tell,
+            codebook=codebook, limit_files=limit_files, groups=groups, curve_files=curve_files,
+            complexity_files=complexity_files, on_event=tell,
         )  # fmt: skip
-    result["conventions"] |= {"noise": str(noise or "shipped"), "rir": str(rir or "simulated"), "split": split}
     write_json(json_file, result)
     for path, reason in result["failed"].items():
         typer.echo(f"{path}: {reason}", err=True)
     if log is not LogMode.quiet:
-        _show(folder, result)
+        _show(folder, result, lines(result))
     if report is not None:
         typer.echo(str(write_report(result, report)))
     if result["failed"]:
         raise typer.Exit(3)
 
 
-def _show(folder: str, result: dict[str, Any]) -> None:
+def _show(folder: str, result: dict[str, Any], lines: list[tuple[str, dict[str, Any]]]) -> None:
     said = result["conventions"]
     rows = []
-    for name, one in result["tokenizers"].items():
+    for name, one in lines:
         cells = [
             f"{one['ued'][f]:.1f} [{one['ued_ci'][f][0]:.1f}, {one['ued_ci'][f][1]:.1f}]" for f in said["families"]
         ]

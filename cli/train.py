@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Log, LogMode, TokenizerName, progress
+from .common import Device, Log, LogMode, Noises, Rooms, TokenizerName, progress
 
 train = typer.Typer(
     name="train", help="Train encoders.", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
@@ -148,13 +148,8 @@ def invariant(
     held_out: Annotated[
         str | None, typer.Option(help="Sound on which edit distances are watched, and by which rounds end.")
     ] = None,
-    noise: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Noises: sound files, or metadata.jsonl; default shipped ones."),
-    ] = None,
-    rir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Room responses, likewise; default simulated rooms.")
-    ] = None,
+    noise: Noises = None,
+    rir: Rooms = None,
     name: Annotated[str, typer.Option(help="Of the new tokenizer.")] = "invariant",
     change: Change = None,
     device: Device = "cpu",

@@ -173,7 +173,7 @@ def test_limits_and_mistakes(folder: Path, tmp_path: Path) -> None:
     assert evaluate(folder, Bits(), (1,), speech=False, opus=(), limit_files=2)["files"] == 2  # a and c of four
     for wrong, words in (
         ({"codebooks": ()}, "at least one"),
-        ({"limit_files": 0}, "limit 0"),
+        ({"limit_files": 0}, "limit is 0"),
         ({"codebooks": (9,)}, "9 codebooks"),
         ({"picture": tmp_path / "a.png", "picture_of": "nothing"}, "none of the 4 files"),
         ({"picture": tmp_path / "a.txt"}, "pictures are written"),

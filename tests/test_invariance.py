@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 import speechtok
 from speechtok.audio.augment import AugmentResources, augment
 from speechtok.audio.decode import load
+from speechtok.audio.mixing import mix_at_snr
+from speechtok.encoders.lipcot import LipcotConfig, LipcotEncoder
 from speechtok.encoders.mfcc import MfccEncoder
 from speechtok.errors import InputError
 from speechtok.evaluation import invariance
-from speechtok.evaluation.complexity import complexity
-from speechtok.evaluation.invariance_report import write_report
+from speechtok.evaluation.complexity import VIEWS, Seen, complexity, see, views_of
+from speechtok.evaluation.invariance_report import figure_of, write_report
 from speechtok.metrics.edit_distance import aggregate, distances, interval, unit_edit_distance
 from speechtok.quantizers.kmeans import KMeans
 from speechtok.tokenizer import Tokenizer
@@ -47,7 +49,7 @@ def constant() -> Tokenizer:
 @pytest.fixture(scope="module")
 def result(folder: Path, constant: Tokenizer) -> dict:
     return invariance.evaluate(
-        folder, [speechtok.load("mfcc-k100"), constant], families=("noise", "stretch"), curve_files=2, seed=3
+        folder, [speechtok.load("mfcc-k100"), constant], families=("noise", "stretch"), curve_files=4, seed=3
     )
 
 
@@ -82,7 +84,7 @@ def test_a_constant_tokenizer_does_not_look_good(result: dict) -> None:
 
 def test_curves_follow_the_strength(result: dict) -> None:
     curve = result["tokenizers"]["mfcc-k100"]["curves"]["noise"]
-    assert curve["strength"] == [0, 5, 10, 15, 20, 30] and curve["files"] == 2
+    assert curve["strength"] == [0, 5, 10, 15, 20, 30] and curve["files"] == 3
     assert curve["ued"][0] > curve["ued"][-1]
     assert all(low <= value <= high for value, (low, high) in zip(curve["ued"], curve["ued_ci"], strict=True))
     assert set(result["tokenizers"]["mfcc-k100"]["curves"]) == {"noise", "stretch"}
@@ -90,7 +92,9 @@ def test_curves_follow_the_strength(result: dict) -> None:
 
 def test_broken_files_are_named_and_the_rest_goes_on(result: dict) -> None:
     assert list(result["failed"]) == ["broken.wav"] and "broken.wav" in result["failed"]["broken.wav"]
-    assert result["conventions"]["norm"] == "dedup_ref" and result["conventions"]["agg"] == "mean"
+    said = result["conventions"]
+    assert said["norm"] == "dedup_ref" and said["agg"] == "mean"
+    assert said["noise"] == "12 files of noise, split train" and said["rir"].startswith("simulated rooms")
 
 
 class Words(HTMLParser):
@@ -123,21 +127,93 @@ def test_the_page_holds_everything(result: dict, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "ued.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_curve_leaves_its_panel(result: dict) -> None:
+    figure = figure_of(result)
+    for axes, family in zip(figure.axes, ("noise", "stretch"), strict=True):
+        highest = max(high for one in result["tokenizers"].values() for _, high in one["curves"][family]["ued_ci"])
+        assert axes.get_title() == family and axes.get_ylim()[0] == 0 and highest < axes.get_ylim()[1] < 2 * highest
+        # A line is broken where the strength changes nothing.
+        assert all(np.isnan(line.get_xdata()).any() == (family == "stretch") for line in axes.lines)
+
+
+def test_saturated_bits_are_marked(result: dict, tmp_path: Path) -> None:
+    bits = {"bits": 3.91, "ci": [3.5, 4.0], "most_bits": 4.0, "saturated": True}
+    figures = result["tokenizers"]["mfcc-k100"]
+    figures = figures | {"complexity": {"units": bits, "frames": bits | {"bits": 1.25, "saturated": False}}}
+    figures |= {"groups": {"native": result["tokenizers"]["constant"]}}
+    page = write_report({**result, "tokenizers": {"one": figures}}, tmp_path / "report").read_text()
+    assert "&ge; 3.91" in page and "1.25" in page and "&ge; 1.25" not in page
+    assert "<td>one, native</td>" in page
+
+
 def test_complexity_of_units_and_frames(constant: Tokenizer) -> None:
     # Utterances that are easily told apart: tones of their own, which no family moves far.
     time = np.arange(16000) / 16000
     waves = [0.3 * np.sin(2 * np.pi * 150 * 1.25**number * time).astype(np.float32) for number in range(16)]
-    settings = {"families": ("noise", "stretch"), "resources": AugmentResources.default()}
-    keys = [f"tone {number}" for number in range(16)]
-    clear = complexity(waves, keys, speechtok.load("mfcc-k100"), **settings)
+
+    def seen(tokenizer: Tokenizer) -> list[Seen]:
+        settings = {"families": ("noise", "stretch"), "resources": AugmentResources.default()}
+        return [see(views_of(wave, 16000, f"tone {at}", **settings), tokenizer) for at, wave in enumerate(waves)]
+
+    clear = complexity(seen(speechtok.load("mfcc-k100")), 100)
     for part in ("units", "frames"):
         found = clear[part]
         assert found["most_bits"] == 4 and 2 < found["bits"] <= 4
         assert [count for count, _ in found["by_utterances"]] == [4, 8, 16]
         assert found["by_utterances"][-1][1] == found["bits"]
-    assert complexity(waves, keys, constant, **settings)["units"]["bits"] == pytest.approx(0, abs=1e-6)
+    alike = seen(constant)
+    assert complexity(alike, constant.vocab_size)["units"]["bits"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(InputError, match="at least 16"):
-        complexity(waves[:15], keys[:15], constant, **settings)
+        complexity(alike[:15], constant.vocab_size)
+
+
+def test_complexity_falls_from_all_to_nothing_with_the_noise() -> None:
+    """Of sounds: as they are they are told apart (saturated), as silence not at all, and the less the more noise."""
+    generator = np.random.default_rng(0)
+    tokenizer, time = speechtok.load("mfcc-k100"), np.arange(8000) / 16000
+    sounds = [np.sin(2 * np.pi * 300 * 1.1**number * time).astype(np.float32) for number in range(16)]
+
+    def mean_of(change) -> dict[str, float]:
+        seen = [see([change(sound) for _ in range(3 * VIEWS)], tokenizer) for sound in sounds]
+        return {part: found["mean"] for part, found in complexity(seen, 100).items()}
+
+    def noisy(snr_db: float):
+        return lambda sound: mix_at_snr(sound, generator.standard_normal(len(sound)).astype(np.float32), snr_db)
+
+    alike = mean_of(lambda sound: sound)
+    assert alike["frames"] == pytest.approx(16) and alike["units"] > 6  # some tones have the same unit
+    assert mean_of(np.zeros_like) == {"units": pytest.approx(1), "frames": pytest.approx(1)}
+    falling = [mean_of(noisy(snr_db)) for snr_db in (30.0, 10.0, -10.0, -40.0)]
+    values = [one["frames"] for one in falling]
+    assert values == sorted(values, reverse=True) and values[-1] < 2
+    # A little noise makes units of steady tones differ where they were the same: they are told apart better.
+    assert falling[1]["units"] > alike["units"] > 3 * falling[-1]["units"]
+
+
+def test_all_tokenizers_are_measured_on_the_same_files(folder: Path, constant: Tokenizer, tmp_path: Path) -> None:
+    """A file that cannot be used at the rate of one tokenizer, or in one version, counts for none."""
+    for place, path in enumerate(sorted(folder.glob("*.flac"))):
+        (tmp_path / "ab"[place % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[place % 2] / path.name).write_bytes(path.read_bytes())
+    soundfile.write(tmp_path / "a" / "silence.wav", np.zeros(24000), 16000)  # no noise can be added to it
+    encoder = LipcotEncoder(LipcotConfig(sample_rate=8000))
+    slow = Tokenizer(encoder, KMeans(np.zeros((1, encoder.dim))), name="slow")
+    found = invariance.evaluate(
+        tmp_path, [constant, slow], families=("stretch", "noise"), curve_files=4, complexity_files=0, groups=True
+    )
+    assert list(found["failed"]) == ["a/silence.wav"] and found["files"] == 3
+    for figures in found["tokenizers"].values():
+        assert figures["utterances"] == 3
+        assert {name: group["utterances"] for name, group in figures["groups"].items()} == {"a": 2, "b": 1}
+        assert figures["curves"]["noise"]["files"] == 3
+        assert "groups" not in figures["groups"]["a"]
+
+
+def test_figures_do_not_depend_on_the_tokenizers_beside(result: dict, folder: Path) -> None:
+    alone = invariance.evaluate(
+        folder, [speechtok.load("mfcc-k100")], families=("noise", "stretch"), curve_files=4, seed=3
+    )
+    assert alone["tokenizers"]["mfcc-k100"] == result["tokenizers"]["mfcc-k100"]
 
 
 def test_intervals_cover_the_mean_of_many_samples() -> None:
@@ -164,8 +240,8 @@ def test_unusable_options_are_refused(folder: Path, constant: Tokenizer, tmp_pat
         invariance.evaluate(folder, [constant, constant])
     with pytest.raises(InputError, match="codebooks"):
         invariance.evaluate(folder, [constant], codebook=1)
-    with pytest.raises(InputError, match="nois"):
-        invariance.evaluate(folder, [constant], families=("nois",), curve_files=0)
+    with pytest.raises(InputError, match="one of stretch"):  # before anything is looked for
+        invariance.evaluate(folder / "nowhere", [constant], families=("noise", "nois"))
     with pytest.raises(InputError, match="complexity of 4 files: at least 16"):
         invariance.evaluate(folder, [constant], complexity_files=20)
     with pytest.raises(InputError, match="at least one family"):

@@ -15,6 +15,7 @@ from speechtok.errors import (
     CheckpointError,
     FingerprintError,
     FormatError,
+    InputError,
     OutputError,
     SpeechtokError,
     UnknownNameError,
@@ -195,6 +196,13 @@ def test_broken_weights_are_noticed(clip_wave):
     broken = Tokenizer(encoder, KMeans(np.zeros((2, 32))), name="x")
     with pytest.raises(CheckpointError, match="NaN"):
         broken.encode(clip_wave, 16000)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "vulkan", "hpu", "meta", "nonsense", ""])
+def test_devices_that_cannot_be_used(tokenizer, device):
+    """Torch refuses each in its own way; "meta" it does not refuse."""
+    with pytest.raises(InputError, match="cannot be used here"):
+        tokenizer.to(device)
 
 
 def test_names(tmp_path, tokenizer):

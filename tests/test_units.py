@@ -23,6 +23,13 @@ def test_run_lengths_round_trip(ids):
     assert units.dtype == durations.dtype == np.int32
 
 
+@given(st.lists(st.integers(0, 3), max_size=50))
+def test_runs_of_runs_are_the_runs(ids):
+    once = run_lengths(np.array(ids, np.int32))[0]
+    assert run_lengths(once)[0].tolist() == once.tolist()
+    assert bool(len(once)) == bool(ids)  # none of none
+
+
 def test_deduplicated_spans_cover_the_runs():
     units = make([5, 5, 1, 1, 1, 5]).deduplicated()
     assert units.ids.tolist() == [5, 1, 5]

@@ -24,7 +24,6 @@ noise, reverb and gain for batches on any device in `augment_batch`.
 import hashlib
 import json
 import math
-from functools import cache
 
 import numpy as np
 
@@ -44,6 +43,7 @@ __all__ = [
     "augment_with_report",
     "draws_of",
     "generator_for",
+    "parts_of",
 ]
 
 # What these families were called when figures that stand were measured: their draws must stay the same.
@@ -54,6 +54,17 @@ def generator_for(key: str, family: str, seed: int = 0) -> np.random.Generator:
     """Make the generator of one item: seeded with SHA-256 of (seed, family, key), the same in every process."""
     digest = hashlib.sha256(json.dumps([int(seed), _SEEDED_AS.get(family, family), key]).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def parts_of(family: str) -> list[str]:
+    """Families of a composition, in order; InputError if there is no such family, or one occurs twice."""
+    names = family.split("+")
+    for name in names:
+        if name not in TABLE:
+            raise InputError(f"family={family!r}: one of {', '.join(TABLE)}, or several joined by '+', is needed")
+    if len(set(names)) < len(names):
+        raise InputError(f"family={family!r}: each may stand there once; the second would draw what the first drew")
+    return names
 
 
 def draws_of(
@@ -80,18 +91,13 @@ def draws_of(
     InputError
         If there is no such family, one occurs twice, or a strength is not finite or given for several.
     """
-    names = family.split("+")
-    for name in names:
-        if name not in TABLE:
-            raise InputError(f"family={family!r}: one of {', '.join(TABLE)}, or several joined by '+', is needed")
-    if len(set(names)) < len(names):
-        raise InputError(f"family={family!r}: each may stand there once; the second would draw what the first drew")
+    names = parts_of(family)
     if strength is not None and (len(names) > 1 or not math.isfinite(strength)):
         raise InputError(
             f"strength={strength} of {family!r}: a finite number for a single family is needed; apply one after the "
             "other, their draws stay the same"
         )
-    resources = resources or _default()
+    resources = resources or AugmentResources.default()
     return {name: Draw(sample_rate, generator_for(key, name, seed), resources, strength) for name in names}
 
 
@@ -165,8 +171,3 @@ def augment(
 ) -> Wave:
     """Augment: the wave of `augment_with_report`, which see."""
     return augment_with_report(wave, sample_rate, family, key, seed, resources, strength)[0]
-
-
-@cache
-def _default() -> AugmentResources:
-    return AugmentResources.default()

@@ -53,11 +53,14 @@ class FileClips:
     groups : sequence of str, optional
         A group for each file. A group is drawn first and then one of its files, so that a room that was measured at
         many places counts as one room. Without it all files are equally likely.
+    split : str
+        Of a listing, for descriptions.
     """
 
     folder: Path
     paths: Sequence[str]
     groups: Sequence[str] | None = None
+    split: str = ""
     _cache: dict[tuple[str, int], Wave] = field(default_factory=dict, init=False, repr=False)
     _kept: int = field(default=0, init=False, repr=False)
 
@@ -78,6 +81,11 @@ class FileClips:
         except OSError as error:
             raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
         return hashlib.sha256(json.dumps(sized).encode()).hexdigest()[:32]
+
+    def __str__(self) -> str:
+        """Describe them for tables, without the way to the folder."""
+        split = f", split {self.split}" if self.split else ""
+        return f"{len(self.paths)} files of {self.folder.resolve().name}{split}"
 
     def draw(self, generator: np.random.Generator, sample_rate: int) -> tuple[Wave, Report]:
         """Give a clip, float32 [n] at `sample_rate`, and its path; errors as `speechtok.audio.decode.load`."""
@@ -132,7 +140,7 @@ def clips_of_split(folder: str | os.PathLike[str], split: str, group_by: str | N
     for path in paths:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise InputError(f"{listing}: {path!r} leads out of the folder")
-    return FileClips(Path(folder), paths, groups) if paths else None
+    return FileClips(Path(folder), paths, groups, split) if paths else None
 
 
 def clips_below(folder: str | os.PathLike[str], split: str, group_by: str | None = None) -> FileClips:

@@ -20,6 +20,7 @@ __all__ = ["MAX_RT60", "MIN_RT60", "Shoebox", "SimulatedRooms", "draw_room"]
 
 SPEED = 343.0  # m/s
 MIN_RT60, MAX_RT60 = 0.05, 2.0  # s; the number of images grows with the third power
+RANGES = ((0.4, 1.0), (0.2, 0.6), (0.1, 0.3))  # of RT60 that is drawn (s): high, medium, low, equally likely
 WALL = 0.5  # m between a wall and source or microphone that are drawn
 
 _HALF = 40  # samples on either side of an arrival
@@ -177,7 +178,7 @@ def draw_room(generator: np.random.Generator, rt60: float | None = None) -> Shoe
     x, y = (a + (b - a) * value for a, b, value in zip(low, high, values[7:9], strict=True))
     # One value says which of the three ranges, and where in it.
     third, place = divmod(3 * values[9], 1.0)
-    begin, end = ((0.4, 1.0), (0.2, 0.6), (0.1, 0.3))[int(third)]
+    begin, end = RANGES[int(third)]
     drawn = begin + (end - begin) * place
     return Shoebox(
         size, (x + offset[0], y + offset[1], heights[1]), (x, y, heights[0]), drawn if rt60 is None else rt60
@@ -188,6 +189,11 @@ class SimulatedRooms:
     """Responses of rooms that `draw_room` draws, another one every time; a `speechtok.audio.clips.ClipSource`."""
 
     identity = "simulated"
+
+    def __str__(self) -> str:
+        """Describe them for tables: how reverberation is drawn."""
+        ranges = ", ".join(f"{low:g} to {high:g} s" for low, high in RANGES)
+        return f"simulated rooms; RT60 from one of {ranges}, each as likely"
 
     def draw(self, generator: np.random.Generator, sample_rate: int, rt60: float | None = None) -> tuple[Wave, Report]:
         """Give a response, float32 [n] at `sample_rate` (Hz), and its ``rt60`` (s), sides and ``distance_m``.

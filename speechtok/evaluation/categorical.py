@@ -17,6 +17,7 @@ from speechtok.evaluation import continua
 from speechtok.evaluation.alignments import read
 from speechtok.evaluation.cutters import open_source
 from speechtok.evaluation.log_mel import LogMelEncoder
+from speechtok.evaluation.units import spread
 from speechtok.tokenizer import Tokenizer
 
 __all__ = ["PUBLISHED", "Embedding", "compare"]
@@ -119,8 +120,6 @@ def compare(
     AudioError, CheckpointError
         If sound or weights are unusable.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"the limit is {limit} continua; it must be at least 1")
     rows: list[tuple[str, Embedding]] = []
     for name in names:
         source = open_source(name, device)
@@ -130,9 +129,9 @@ def compare(
     if not rows:
         raise InputError("nothing is to be measured; name a tokenizer or keep the baselines")
     synthetic = [(contrast, vowel) for contrast in continua.CONTRASTS for vowel in continua.RIMES]
-    kinds = {"synthetic": [continua.synthesize(*pair) for pair in _spread(synthetic, limit)]}
+    kinds = {"synthetic": [continua.synthesize(*pair) for pair in spread(synthetic, limit)]}
     if words is not None:
-        pairs = _spread(continua.word_pairs(read(words)), limit)
+        pairs = spread(continua.word_pairs(read(words)), limit)
         if not pairs:
             raise InputError(f"{words}: no speaker says two words of one syllable that differ in one consonant")
         kinds["morphed"] = list(continua.morphed(words, pairs))
@@ -153,8 +152,3 @@ def compare(
             on_event(Event("run", min(done, total), total))
         results.append(result | {"unvoiced": embed.unvoiced})
     return results
-
-
-def _spread(some: Sequence[Any], limit: int | None) -> Sequence[Any]:
-    """At most `limit` of them, evenly spread; all without a limit."""
-    return some if limit is None else some[:: max(1, -(-len(some) // limit))]

@@ -16,6 +16,7 @@ from speechtok.corpus.engine import Event
 from speechtok.corpus.sources import Utterance, scan
 from speechtok.errors import InputError, SpeechtokError
 from speechtok.evaluation.spectrograms import draw_spectrograms
+from speechtok.evaluation.units import spread
 from speechtok.metrics import bitrate, phonetic, signal
 from speechtok.tokenizer import Tokenizer
 from speechtok.units import Units
@@ -105,14 +106,12 @@ def evaluate(
     FormatError
         If the tokenizer has no decoder.
     """
-    if not codebooks or (limit_files is not None and limit_files < 1):
-        raise InputError(f"codebooks {list(codebooks)}, limit {limit_files}: give at least one of both")
+    if not codebooks:
+        raise InputError("give at least one number of codebooks")
     if speech:
         signal.require_packages()
     listing = scan(str(source))
-    files = listing.utterances
-    if limit_files is not None:
-        files = files[:: max(1, -(-len(files) // limit_files))]
+    files = spread(listing.utterances, limit_files)
     if picture_of is not None and picture_of not in {file.key for file in files}:
         raise InputError(f"{picture_of!r} is none of the {len(files)} files of {source}; their keys have no extension")
     codecs = [tokenizer.with_codebooks(count) for count in sorted(set(codebooks))]

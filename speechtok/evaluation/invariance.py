@@ -5,24 +5,30 @@ vocabulary is used, how many units there are in a second, and *chance*, the dist
 utterances. A good tokenizer is far below its chance; one that has collapsed has both at 0.
 
 The floor is what harmless changes cost: one frame of silence appended, and a delay of 5 ms.
+
+All tokenizers are measured on the same files: one that cannot be used in any version, or at the rate of any tokenizer,
+counts nowhere.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from speechtok.audio.augment import FAMILIES, STRENGTHS, AugmentResources, augment
+from speechtok.audio.augment import FAMILIES, STRENGTHS, AugmentResources, augment, parts_of
+from speechtok.audio.clips import Wave
 from speechtok.audio.decode import load
 from speechtok.audio.rooms import SimulatedRooms
 from speechtok.corpus.engine import Event
 from speechtok.corpus.sources import Utterance, scan
 from speechtok.errors import InputError, SpeechtokError
-from speechtok.evaluation.complexity import LEAST, SECONDS, VIEWS, complexity
+from speechtok.evaluation.complexity import LEAST, SECONDS, VIEWS, Seen, complexity, see, views_of
+from speechtok.evaluation.units import POOLED, grouped, spread
 from speechtok.metrics import edit_distance, phonetic
 from speechtok.metrics.edit_distance import Agg, Norm
 from speechtok.tokenizer import Tokenizer
@@ -36,21 +42,49 @@ CURVES: dict[str, tuple[float, ...]] = {
     "reverb": (0.1, 0.2, 0.4, 0.7, 1.0),
     "pitch": (-6.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 6.0),
 }
+CLEAN = "clean"
+FLOORS = ("pad", "delay")
 _DELAY_SECONDS = 0.005
 _BATCH = 16  # files that are encoded together
 _COLLAPSED = 0.5  # share of log2(vocabulary) that the entropy of units has at least in a tokenizer at work
 
 Ids = NDArray[np.int32]
+Change = Callable[[Wave, Tokenizer, str], Wave]  # of the sound of an utterance, given by its key
+T = TypeVar("T")
 
 
 @dataclass
 class _Heard:
-    """Units of one utterance: clean, and by the name of what was done to it."""
+    """One utterance, its clean sound at the rate that is at work, and what tokenizers make of it, by their names."""
 
-    key: str
-    seconds: float
-    clean: Ids
-    changed: dict[str, Ids] = field(default_factory=dict)
+    utterance: Utterance
+    wave: Wave = field(default_factory=lambda: np.zeros(0, np.float32))
+    seconds: float = 0.0
+    ids: dict[tuple[str, str], Ids] = field(default_factory=dict)  # of every tokenizer and version
+    seen: dict[str, Seen] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is done to utterances before tokenizers hear them.
+
+    Parameters
+    ----------
+    versions : dict
+        How each version is made.
+    curves : dict
+        Likewise of versions that are made of few utterances only.
+    curve_keys, view_keys : frozenset of str
+        Those utterances; utterances of which there are views for augmentation complexity.
+    views : callable
+        Makes them.
+    """
+
+    versions: dict[str, Change]
+    curves: dict[str, Change]
+    curve_keys: frozenset[str]
+    view_keys: frozenset[str]
+    views: Callable[[Wave, int, str], list[Wave]]
 
 
 def evaluate(
@@ -64,6 +98,7 @@ def evaluate(
     agg: Agg = "mean",
     codebook: int = 0,
     limit_files: int | None = None,
+    groups: bool = False,
     curve_files: int = 40,
     complexity_files: int = 0,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -88,21 +123,24 @@ def evaluate(
         Which one is compared.
     limit_files : int, optional
         At most this many files, evenly spread.
+    groups : bool
+        Whether each corpus (the first folder of the keys) is measured apart, too.
     curve_files : int
-        So many files, evenly spread, for distances against strength (`CURVES`); 0: none. Curves of reverberation are
-        of simulated rooms.
+        At most so many files, evenly spread, for distances against strength (`CURVES`); 0: none. Curves of
+        reverberation are of simulated rooms.
     complexity_files : int
-        So many files, evenly spread, for augmentation complexity, see `speechtok.evaluation.complexity`; 0: none.
+        At most so many files, evenly spread, for augmentation complexity, see `speechtok.evaluation.complexity`; 0:
+        none.
     on_event : callable
-        Progress in files times versions.
+        Progress in files times versions times tokenizers.
 
     Returns
     -------
     dict
         ``tokenizers``: by name, ``ued``, ``ued_ci`` (95 %, bootstrap over utterances), ``edits_per_second`` and
         ``run_ratio`` by family, ``chance``, ``floor``, ``units_per_second``, ``runs_per_second``, ``vocab_used``,
-        ``vocab_size``, ``perplexity``, ``collapsed``, ``curves``, ``complexity``; ``failed``: files that could not be
-        measured, and why; ``conventions``.
+        ``vocab_size``, ``perplexity``, ``collapsed``, ``groups`` (all of these by corpus), ``curves``, ``complexity``;
+        ``files``: how many were measured; ``failed``: files that could not be, and why; ``conventions``.
 
     Raises
     ------
@@ -117,169 +155,177 @@ def evaluate(
             raise InputError(
                 f"{tokenizer.name} has {tokenizer.quantizer.codebooks} codebooks; there is none {codebook}"
             )
-    if not families or min(curve_files, complexity_files) < 0 or (limit_files is not None and limit_files < 1):
+    if not families or min(curve_files, complexity_files) < 0:
         raise InputError("give at least one family, and numbers of files that are not negative")
+    for family in families:
+        parts_of(family)  # refuses unknown ones before anything is decoded
     edit_distance.validate([np.zeros(1, int)], [np.zeros(1, int)], norm, agg)
     listing = scan(str(folder))
     failed = {bad.path: bad.reason for bad in listing.rejected}
-    chosen = _spread(listing.utterances, limit_files)
+    chosen = spread(listing.utterances, limit_files)
     resources = resources or AugmentResources.default()
-    plain: dict[str, tuple[str, float | None]] = {family: (family, None) for family in families}
-    curved: dict[str, tuple[str, float | None]] = {
-        f"{family} {strength:g}": (family, strength)
-        for family in families if curve_files
-        for strength in CURVES.get(family, ())
-    }  # fmt: skip
     curve_resources = AugmentResources(resources.noises, SimulatedRooms(), resources.legacy_half_snr)
-    curve_chosen = _spread(chosen, curve_files) if curved else []
-    told_apart = _spread(chosen, complexity_files)
-    if complexity_files and len(told_apart) < LEAST:  # now, not after everything else
-        raise InputError(f"augmentation complexity of {len(told_apart)} files: at least {LEAST} are needed")
-    total = len(tokenizers) * (len(chosen) * (3 + len(plain)) + len(curve_chosen) * len(curved) + len(told_apart))
+    curved = {
+        f"{family} {strength:g}": _augmented(family, curve_resources, seed, strength)
+        for family in families
+        for strength in CURVES.get(family, ())
+    }
+    plan = _Plan(
+        {CLEAN: lambda wave, tokenizer, key: wave, "floor pad": _padded, "floor delay": _delayed}
+        | {family: _augmented(family, resources, seed) for family in families},
+        curved,
+        frozenset(one.key for one in spread(chosen, curve_files)) if curve_files and curved else frozenset(),
+        frozenset(one.key for one in spread(chosen, complexity_files)) if complexity_files else frozenset(),
+        partial(views_of, families=families, resources=resources, seed=seed),
+    )
+    if complexity_files and len(plan.view_keys) < LEAST:  # now, not after everything else
+        raise InputError(f"augmentation complexity of {len(plan.view_keys)} files: at least {LEAST} are needed")
+    each = len(chosen) * len(plan.versions) + len(plan.curve_keys) * len(curved) + len(plan.view_keys)
     done = 0
 
     def tell(count: int) -> None:
         nonlocal done
         done += count
-        on_event(Event("run", done, total))
+        on_event(Event("run", done, each * len(tokenizers)))
 
+    heard = list(_hear(chosen, tokenizers, codebook, plan, failed, tell))
+    if not heard:
+        reason = next(iter(failed.values()), "it holds no sound")
+        raise InputError(f"{folder}: nothing could be measured; the first reason: {reason}")
+    bent = [one for one in heard if one.utterance.key in plan.curve_keys]
+    members = grouped([one.utterance.key for one in heard]) if groups else {}
     result: dict[str, Any] = {}
     for tokenizer in tokenizers:
-        heard = list(_hear(chosen, tokenizer, codebook, plain, resources, seed, failed, tell, floor=True))
-        if not heard:
-            reason = next(iter(failed.values()), "it holds no sound")
-            raise InputError(f"{folder}: nothing could be measured; the first reason: {reason}")
         figures = _figures(heard, tokenizer, families, norm, agg)
-        bent = list(_hear(curve_chosen, tokenizer, codebook, curved, curve_resources, seed, failed, tell, floor=False))
+        if groups:
+            figures["groups"] = {
+                name: _figures([heard[place] for place in places], tokenizer, families, norm, agg)
+                for name, places in members.items()
+                if name != POOLED
+            }
         figures["curves"] = {
-            family: _curve(bent, family, norm, agg) for family in families if bent and family in CURVES
+            family: _curve(bent, tokenizer.name, family, norm, agg) for family in families if bent and family in CURVES
         }
-        if told_apart:
-            figures["complexity"] = _complexity(
-                told_apart, tokenizer, codebook, families, resources, seed, failed, tell
-            )
+        if plan.view_keys:
+            seen = [one.seen[tokenizer.name] for one in heard if one.utterance.key in plan.view_keys]
+            figures["complexity"] = complexity(seen, tokenizer.vocab_size, seed=seed)
         result[tokenizer.name] = figures
     return {
         "data": Path(folder).resolve().name,
-        "files": len(chosen),
+        "files": len(heard),
         "tokenizers": result,
         "failed": failed,
         "conventions": {
             "norm": norm, "agg": agg, "seed": seed, "codebook": codebook, "families": list(families),
+            "noise": str(resources.noises), "rir": str(resources.rooms),
             "ranges": {family: vars(STRENGTHS[family]) for family in families if family in STRENGTHS},
             "interval": "95 %, bootstrap over utterances, 1000 resamples",
             "snr": "half of the nominal one (legacy)" if resources.legacy_half_snr else "exact",
-            "curve_files": len(curve_chosen), "curve_rooms": "simulated",
+            "curve_files": len(bent), "curve_rooms": "simulated",
             "floor": {"pad": "one frame of silence behind", "delay": f"{1000 * _DELAY_SECONDS:g} ms in front"},
-            "complexity": f"middle {SECONDS:g} s of {len(told_apart)} files, {VIEWS} measured views of each",
+            "complexity": f"middle {SECONDS:g} s of {len(plan.view_keys)} files, {VIEWS} measured views of each",
             "chance": "clean units of each utterance against those of another one",
         },
     }  # fmt: skip
 
 
-def _spread(utterances: Sequence[Utterance], limit: int | None) -> list[Utterance]:
-    """At most `limit` of them, evenly spread."""
-    if limit is None or limit >= len(utterances):
-        return list(utterances)
-    return [utterances[int(place)] for place in (np.arange(limit) + 0.5) * len(utterances) / limit]
+def _padded(wave: Wave, tokenizer: Tokenizer, key: str) -> Wave:
+    return np.pad(wave, (0, tokenizer.encoder.hop))
+
+
+def _delayed(wave: Wave, tokenizer: Tokenizer, key: str) -> Wave:
+    return np.pad(wave, (round(_DELAY_SECONDS * tokenizer.sample_rate), 0))
+
+
+def _augmented(family: str, resources: AugmentResources, seed: int, strength: float | None = None) -> Change:
+    return lambda wave, tokenizer, key: augment(wave, tokenizer.sample_rate, family, key, seed, resources, strength)
 
 
 def _hear(
     utterances: Sequence[Utterance],
-    tokenizer: Tokenizer,
+    tokenizers: Sequence[Tokenizer],
     codebook: int,
-    versions: dict[str, tuple[str, float | None]],
-    resources: AugmentResources,
-    seed: int,
+    plan: _Plan,
     failed: dict[str, str],
     tell: Callable[[int], None],
-    *,
-    floor: bool,
 ) -> Iterator[_Heard]:
-    """Units of all versions of every utterance; what cannot be used is noted in `failed`."""
-    rate = tokenizer.sample_rate
-
-    def ids(waves: list[NDArray[np.float32]]) -> list[Ids]:
-        return [np.atleast_2d(units.ids)[codebook] for units in tokenizer.encode_batch(waves, rate)]
-
+    """All utterances as all tokenizers hear them; what cannot be used is noted in `failed`."""
+    alike: dict[tuple[int, int], list[Tokenizer]] = {}  # tokenizers that are given the very same sounds
+    for tokenizer in tokenizers:
+        alike.setdefault((tokenizer.sample_rate, tokenizer.encoder.hop), []).append(tokenizer)
     for begin in range(0, len(utterances), _BATCH):
-        batch, waves = [], list[NDArray[np.float32]]()
-        changed: dict[str, list[NDArray[np.float32]]] = {name: [] for name in versions}
-        for utterance in utterances[begin : begin + _BATCH]:
-            if utterance.path in failed:
-                continue
+        rows = [_Heard(utterance) for utterance in utterances[begin : begin + _BATCH]]
+        for (rate, _), some in alike.items():
+            for row, wave in _made(rows, partial(_load, rate), failed):
+                row.wave, row.seconds = wave, len(wave) / rate
+            # One version of a batch at a time is kept in memory.
+            for name, change in (plan.versions | plan.curves).items():
+                asked = [row for row in rows if name in plan.versions or row.utterance.key in plan.curve_keys]
+                pairs = _made(asked, partial(_changed, change, some[0]), failed)
+                for tokenizer in some if pairs else ():
+                    encoded = tokenizer.encode_batch([wave for _, wave in pairs], rate)
+                    for (row, _), units in zip(pairs, encoded, strict=True):
+                        row.ids[tokenizer.name, name] = np.atleast_2d(units.ids)[codebook]
+                tell(len(asked) * len(some))
+            asked = [row for row in rows if row.utterance.key in plan.view_keys]
+            for row in asked:
+                for _, views in _made([row], partial(_viewed, plan.views, rate), failed):
+                    row.seen = row.seen | {tokenizer.name: see(views, tokenizer, codebook) for tokenizer in some}
+                tell(len(some))
+        for row in rows:
+            if row.utterance.path not in failed:
+                row.wave = np.zeros(0, np.float32)
+                yield row
+
+
+def _load(rate: int, row: _Heard) -> Wave:
+    return load(row.utterance.open(), rate, row.utterance.path)
+
+
+def _changed(change: Change, tokenizer: Tokenizer, row: _Heard) -> Wave:
+    return change(row.wave, tokenizer, row.utterance.key)
+
+
+def _viewed(views: Callable[[Wave, int, str], list[Wave]], rate: int, row: _Heard) -> list[Wave]:
+    return views(row.wave, rate, row.utterance.key)
+
+
+def _made(rows: Sequence[_Heard], make: Callable[[_Heard], T], failed: dict[str, str]) -> list[tuple[_Heard, T]]:
+    """What can be made of the rows that are still good; `failed` is told of the others."""
+    made = []
+    for row in rows:
+        if row.utterance.path not in failed:
             try:
-                wave = load(utterance.open(), rate, utterance.path)
-                # All of them before any counts: a file that fails in one version counts in none.
-                made = {
-                    name: augment(wave, rate, family, utterance.key, seed, resources, strength)
-                    for name, (family, strength) in versions.items()
-                }
+                made.append((row, make(row)))
+            except InputError:  # an option is wrong, not the file
+                raise
             except (SpeechtokError, OSError) as error:
-                if isinstance(error, InputError):
-                    raise
-                failed[utterance.path] = str(error)
-                continue
-            batch.append(utterance)
-            waves.append(wave)
-            for name, one in made.items():
-                changed[name].append(one)
-        if not batch:
-            continue
-        if floor:
-            changed["floor pad"] = [np.pad(wave, (0, tokenizer.encoder.hop)) for wave in waves]
-            changed["floor delay"] = [np.pad(wave, (round(_DELAY_SECONDS * rate), 0)) for wave in waves]
-        clean = ids(waves)
-        tell(len(batch) if floor else 0)
-        heard = [
-            _Heard(utterance.key, len(wave) / rate, units)
-            for utterance, wave, units in zip(batch, waves, clean, strict=True)
-        ]
-        for name, sounds in changed.items():
-            for row, units in zip(heard, ids(sounds), strict=True):
-                row.changed[name] = units
-            tell(len(batch))
-        yield from heard
+                failed[row.utterance.path] = str(error)
+    return made
 
 
-def _complexity(
-    utterances: Sequence[Utterance],
-    tokenizer: Tokenizer,
-    codebook: int,
-    families: Sequence[str],
-    resources: AugmentResources,
-    seed: int,
-    failed: dict[str, str],
-    tell: Callable[[int], None],
-) -> dict[str, Any]:
-    heard = [utterance for utterance in utterances if utterance.path not in failed]
-    waves = [load(utterance.open(), tokenizer.sample_rate, utterance.path) for utterance in heard]
-    return complexity(
-        waves, [utterance.key for utterance in heard], tokenizer, families=families, resources=resources, seed=seed,
-        codebook=codebook, on_utterance=lambda: tell(1),
-    )  # fmt: skip
+def _ids(heard: Sequence[_Heard], tokenizer: str, version: str) -> list[Ids]:
+    return [one.ids[tokenizer, version] for one in heard]
 
 
 def _figures(
     heard: Sequence[_Heard], tokenizer: Tokenizer, families: Sequence[str], norm: Norm, agg: Agg
 ) -> dict[str, Any]:
-    clean = [one.clean for one in heard]
+    clean = _ids(heard, tokenizer.name, CLEAN)
     units, seconds = np.concatenate(clean), sum(one.seconds for one in heard)
     result: dict[str, Any] = {
         "fingerprint": tokenizer.fingerprint, "utterances": len(heard), "seconds": seconds,
         "ued": {}, "ued_ci": {}, "edits_per_second": {}, "run_ratio": {},
     }  # fmt: skip
     for family in families:
-        changed = [one.changed[family] for one in heard]
+        changed = _ids(heard, tokenizer.name, family)
         found = edit_distance.evaluate(clean, changed, norm=norm, agg=agg, seconds=seconds)
         result["ued"][family] = found["ued"]
         result["ued_ci"][family] = list(edit_distance.interval(*edit_distance.distances(clean, changed, norm), agg))
         result["edits_per_second"][family], result["run_ratio"][family] = found["edits_per_second"], found["run_ratio"]
     result["floor"] = {
-        name: edit_distance.unit_edit_distance(
-            clean, [one.changed[f"floor {name}"] for one in heard], norm=norm, agg=agg
-        )
-        for name in ("pad", "delay")
+        name: edit_distance.unit_edit_distance(clean, _ids(heard, tokenizer.name, f"floor {name}"), norm=norm, agg=agg)
+        for name in FLOORS
     }
     result["chance"] = (
         edit_distance.unit_edit_distance(clean, clean[1:] + clean[:1], norm=norm, agg=agg) if len(clean) > 1 else None
@@ -297,12 +343,12 @@ def _figures(
     return result
 
 
-def _curve(heard: Sequence[_Heard], family: str, norm: Norm, agg: Agg) -> dict[str, Any]:
-    """Distances against the strengths of a family, with intervals."""
-    clean = [one.clean for one in heard]
+def _curve(heard: Sequence[_Heard], name: str, family: str, norm: Norm, agg: Agg) -> dict[str, Any]:
+    """Distances of a tokenizer against the strengths of a family, with intervals."""
+    clean = _ids(heard, name, CLEAN)
     curve: dict[str, Any] = {"strength": list(CURVES[family]), "ued": [], "ued_ci": [], "files": len(heard)}
     for strength in CURVES[family]:
-        pairs = edit_distance.distances(clean, [one.changed[f"{family} {strength:g}"] for one in heard], norm)
+        pairs = edit_distance.distances(clean, _ids(heard, name, f"{family} {strength:g}"), norm)
         curve["ued"].append(edit_distance.aggregate(*pairs, agg))
         curve["ued_ci"].append(list(edit_distance.interval(*pairs, agg)))
     return curve

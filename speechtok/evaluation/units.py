@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ __all__ = ["POOLED", "each_group", "evaluate", "grouped", "spread"]
 POOLED = "pooled"
 _BATCH = 16  # files that are encoded together
 
+T = TypeVar("T")
+
 
 @dataclass
 class _Encoded:
@@ -36,18 +38,18 @@ class _Encoded:
     changed: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
 
-def spread(utterances: list[Utterance], limit: int | None) -> list[Utterance]:
-    """At most `limit` utterances, evenly spread over the list."""
+def spread(some: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` of them, evenly spread: every n-th; all without a limit."""
     if limit is None:
-        return utterances
+        return list(some)
     if limit < 1:
-        raise InputError(f"the limit is {limit} files; it must be at least 1")
-    return utterances[:: max(1, -(-len(utterances) // limit))]
+        raise InputError(f"the limit is {limit}; it must be at least 1")
+    return list(some[:: max(1, -(-len(some) // limit))])
 
 
-def grouped(utterances: Sequence[Utterance]) -> dict[str, list[int]]:
+def grouped(paths: Sequence[str]) -> dict[str, list[int]]:
     """Indices of each group (native, lossy, accented, others by name), and of all as `POOLED` if there are several."""
-    names = [group_of(utterance.path) for utterance in utterances]
+    names = [group_of(path) for path in paths]
     known = [name for name in GROUPS.values() if name in names]
     groups = {
         name: [i for i, other in enumerate(names) if other == name]
@@ -75,7 +77,7 @@ def each_group(
     """
     groups: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    for name, members in grouped(utterances).items():
+    for name, members in grouped([utterance.path for utterance in utterances]).items():
         try:
             groups[name] = score(members)
         except InputError as error:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from speechtok.audio.augment import AugmentResources, augment
+from speechtok.audio.augment import AugmentResources, augment, parts_of
 from speechtok.corpus.engine import Event
 from speechtok.encoders.base import Encoder
 from speechtok.errors import InputError
@@ -106,10 +106,12 @@ class AugmentedFrames(Items):
         Raises
         ------
         InputError
-            If nothing in the corpus can be used, or there is no family or copy.
+            If nothing in the corpus can be used, or there is no family or copy, or an unknown family.
         """
         if not families or copies < 1:
             raise InputError(f"families {list(families)}, copies {copies}: give at least one of each")
+        for family in families:
+            parts_of(family)  # refuses unknown ones before anything is decoded
         place, rate = usable_device(device), encoder.sample_rate
         encoder = encoder.to(place).eval()
         drawn = [(family, seed + copy) for copy in range(copies) for family in families]
