@@ -418,6 +418,17 @@ def test_blocks_become_those_of_the_encoder(sounds: Path, tokenizer: Path) -> No
     torch.testing.assert_close(found[1:80], wanted[1:80], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_warm_start_goes_on_with_the_teachers_weights(
+    recipe: Path, sounds: Path, tokenizer: Path, tmp_path: Path, monkeypatch, warm: bool
+) -> None:
+    monkeypatch.setattr(invariant, "_worse", lambda before, after: "")
+    changes = {"objective.warm_start": warm, "optimizer.learning_rate": 1e-12, "run.steps": 1}  # nothing is learned
+    train_invariant(recipe, tokenizer, sounds, tmp_path / "run", changes=changes)
+    first, second = (Tokenizer.load(tmp_path / "run" / f"round-{n}" / "tokenizer").encoder.state_dict() for n in (1, 2))
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first) == warm
+
+
 def test_a_killed_run_goes_on_to_the_same_units(
     recipe: Path, sounds: Path, tokenizer: Path, tmp_path: Path, monkeypatch
 ) -> None:

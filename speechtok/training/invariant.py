@@ -67,6 +67,8 @@ class InvariantConfig:
     rounds : int
         CTC only: each takes the student of the one before as its teacher. Rounds end early when edit distances no
         longer fall or the perplexity of the units falls by more than a tenth; the round that showed it is left out.
+    warm_start : bool
+        From the second round on, students begin with the weights of their teacher, and so learn on, instead of anew.
     """
 
     method: str = "ctc"
@@ -77,6 +79,7 @@ class InvariantConfig:
     dropout: float = 0.0
     hidden: tuple[int, ...] = (256, 256)
     rounds: int = 3
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in ("ctc", "nast"):
@@ -173,13 +176,17 @@ def train_invariant(
         "method": config.method, "seed": chosen.run.seed, "encoder": first.training.get("encoder"),
     }  # fmt: skip
     made: Tokenizer | None = None
+    student: UnitStudent | None = None
     for number in range(1, config.rounds + 1):
         torch.manual_seed(chosen.run.seed + number)
         run = folder / f"round-{number}"
         objective: CtcObjective | NastObjective
         heard: list[NamedFrames] | list[AugmentedFrames]
-        student = _student(encoder, config, units)
-        student.standardize(*statistics)
+        previous, student = student, _student(encoder, config, units)
+        if config.warm_start and previous is not None:
+            student.load_state_dict(previous.state_dict())
+        else:
+            student.standardize(*statistics)
         if isinstance(settings, CtcConfig):
             objective = CtcObjective(settings, student)
             heard = [NamedFrames.by(teacher, frames) for frames in (sound, watched)]
