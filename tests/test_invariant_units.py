@@ -17,6 +17,7 @@ from speechtok.encoders.mfcc import MfccEncoder
 from speechtok.encoders.w2v_bert import W2vBertEncoder
 from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import FormatError, InputError, OutputError
+from speechtok.metrics.edit_distance import unit_edit_distance
 from speechtok.quantizers.kmeans import KMeans
 from speechtok.quantizers.mlp import MlpQuantizer
 from speechtok.tokenizer import Tokenizer
@@ -228,10 +229,9 @@ def test_one_batch_can_be_learned_by_heart(frames: AugmentedFrames) -> None:
         losses.append(float(loss))
     assert losses[-1] < 0.05 * losses[0]
     units = objective.mlp(batch["features"]).argmax(-1)
-    for row in range(3):
-        found = run_lengths(units[row, : batch["lengths"][row]].int().numpy())[0]
-        wanted = batch["targets"][row, : batch["target_lengths"][row]].numpy()
-        assert len(found) == len(wanted) and (found == wanted).mean() > 0.98
+    found = [units[row, : batch["lengths"][row]].numpy() for row in range(3)]
+    wanted = [batch["targets"][row, : batch["target_lengths"][row]].numpy() for row in range(3)]
+    assert unit_edit_distance(wanted, found) < 2
 
 
 def test_a_teacher_of_other_frames_is_refused(frames: AugmentedFrames) -> None:
