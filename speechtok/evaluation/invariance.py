@@ -145,7 +145,8 @@ def evaluate(
     Raises
     ------
     InputError
-        If an option or the folder is unusable, or no file can be measured.
+        If an option or the folder is unusable, no file can be measured, or so many cannot that fewer than 16 are left
+        for augmentation complexity.
     """
     names = [tokenizer.name for tokenizer in tokenizers]
     if not tokenizers or len(set(names)) < len(names):
@@ -193,6 +194,7 @@ def evaluate(
         reason = next(iter(failed.values()), "it holds no sound")
         raise InputError(f"{folder}: nothing could be measured; the first reason: {reason}")
     bent = [one for one in heard if one.utterance.key in plan.curve_keys]
+    viewed = [one for one in heard if one.utterance.key in plan.view_keys]
     members = grouped([one.utterance.key for one in heard]) if groups else {}
     result: dict[str, Any] = {}
     for tokenizer in tokenizers:
@@ -207,7 +209,7 @@ def evaluate(
             family: _curve(bent, tokenizer.name, family, norm, agg) for family in families if bent and family in CURVES
         }
         if plan.view_keys:
-            seen = [one.seen[tokenizer.name] for one in heard if one.utterance.key in plan.view_keys]
+            seen = [one.seen[tokenizer.name] for one in viewed]
             figures["complexity"] = complexity(seen, tokenizer.vocab_size, seed=seed)
         result[tokenizer.name] = figures
     return {
@@ -223,7 +225,7 @@ def evaluate(
             "snr": "half of the nominal one (legacy)" if resources.legacy_half_snr else "exact",
             "curve_files": len(bent), "curve_rooms": "simulated",
             "floor": {"pad": "one frame of silence behind", "delay": f"{1000 * _DELAY_SECONDS:g} ms in front"},
-            "complexity": f"middle {SECONDS:g} s of {len(plan.view_keys)} files, {VIEWS} measured views of each",
+            "complexity": f"middle {SECONDS:g} s of {len(viewed)} files, {VIEWS} measured views of each",
             "chance": "clean units of each utterance against those of another one",
         },
     }  # fmt: skip
