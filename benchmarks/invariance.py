@@ -210,7 +210,7 @@ def main() -> None:
     )
     options.add_argument("--work", type=Path, default=Path("runs/invariance"))
     options.add_argument("--limit-files", type=int, help="at most so many of the aligned files, evenly spread")
-    options.add_argument("--complexity-files", type=int, default=128, help="at most so many of them; 0: none")
+    options.add_argument("--complexity-files", type=int, default=110, help="at most so many of them; 0: none")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--device", default="cpu")
     chosen = options.parse_args()

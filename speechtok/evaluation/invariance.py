@@ -196,6 +196,8 @@ def evaluate(
     bent = [one for one in heard if one.utterance.key in plan.curve_keys]
     viewed = [one for one in heard if one.utterance.key in plan.view_keys]
     members = grouped([one.utterance.key for one in heard]) if groups else {}
+    # Measured rooms have the reverberation that they have.
+    ranged = [one for one in families if one != "reverb" or isinstance(resources.rooms, SimulatedRooms)]
     result: dict[str, Any] = {}
     for tokenizer in tokenizers:
         figures = _figures(heard, tokenizer, families, norm, agg)
@@ -220,7 +222,7 @@ def evaluate(
         "conventions": {
             "norm": norm, "agg": agg, "seed": seed, "codebook": codebook, "families": list(families),
             "noise": str(resources.noises), "rir": str(resources.rooms),
-            "ranges": {family: vars(STRENGTHS[family]) for family in families if family in STRENGTHS},
+            "ranges": {family: vars(STRENGTHS[family]) for family in ranged if family in STRENGTHS},
             "interval": "95 %, bootstrap over utterances, 1000 resamples",
             "snr": "half of the nominal one (legacy)" if resources.legacy_half_snr else "exact",
             "curve_files": len(bent), "curve_rooms": "simulated",

@@ -66,8 +66,9 @@ def figure_of(result: dict[str, Any]) -> "Figure | None":
                 markersize=4, linewidth=1.4,
             )  # fmt: skip
             axes.fill_between(strength, low, high, color=colour, alpha=0.15, linewidth=0)
-        drawn = result["conventions"]["ranges"][family]
-        axes.axvspan(drawn["low"], drawn["high"], color="black", alpha=0.06, linewidth=0)
+        drawn = result["conventions"]["ranges"].get(family)
+        if drawn is not None:
+            axes.axvspan(drawn["low"], drawn["high"], color="black", alpha=0.06, linewidth=0)
         axes.set_title(family)
         axes.set_xlabel(_AXES.get(family, "strength"))
         axes.grid(alpha=0.3)
