@@ -23,6 +23,7 @@ from speechtok import bundle
 from speechtok.audio.decode import AudioFile, as_mono, resampled
 from speechtok.canonical import block_context
 from speechtok.decoding import DecoderStream, WavePass, check_parts
+from speechtok.devices import usable_device
 from speechtok.encoders.base import ChunkState, Encoder
 from speechtok.errors import AudioError, FingerprintError, FormatError, InputError
 from speechtok.frame_units import encoded_chunks, encoded_frames, encoded_in_order, frames_of
@@ -43,18 +44,6 @@ __all__ = ["DEFAULT_WINDOW", "Tokenizer"]
 DEFAULT_WINDOW = WindowRule(max_seconds=30.0, context_seconds=3.0)
 # Windows are pooled and sorted by length before they are cut into batches, so that little is padded.
 _POOL_BATCHES = 4
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """Check a device by putting something on it; InputError if it cannot be used here."""
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.tolist()  # "meta" takes values and gives none back
-        return probe.device
-    # RuntimeError: unknown, or no kernels; AssertionError: torch was built without it; ImportError: no package for it.
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"device {str(name)!r} cannot be used here ({reason}); the CPU is device 'cpu'") from error
 
 
 class Tokenizer:

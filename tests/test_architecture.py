@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up; a room may import from its own and lower floors only.
 FLOORS = [
     {"errors", "frames", "units", "registry", "windows"},
-    {"kernels"},
+    {"devices", "kernels"},
     {"nn", "audio"},
     {"metrics"},
     {"encoders", "segmenters", "quantizers", "codecs", "vocoders", "lm"},

@@ -16,9 +16,10 @@ from speechtok.corpus.ledger import Ledger
 from speechtok.corpus.plan import Plan, cut_shards, plan_hash, probe, storable
 from speechtok.corpus.shard import Decoder, ShardResult, run_shard
 from speechtok.corpus.sources import Listing, Utterance, scan
+from speechtok.devices import usable_device
 from speechtok.errors import InputError, OutputError, SpeechtokError
 from speechtok.registry import DEFAULT
-from speechtok.tokenizer import Tokenizer, usable_device
+from speechtok.tokenizer import Tokenizer
 
 __all__ = ["Event", "Summary", "rank_and_world", "tokenize"]
 

@@ -30,9 +30,10 @@ from speechtok.corpus.rows import Row
 from speechtok.corpus.sources import key_problem
 from speechtok.corpus.writers import Files
 from speechtok.decoding import made
+from speechtok.devices import usable_device
 from speechtok.errors import FingerprintError, FormatError, InputError, OutputError, UnknownNameError
 from speechtok.hub import load
-from speechtok.tokenizer import Tokenizer, usable_device
+from speechtok.tokenizer import Tokenizer
 from speechtok.units import Units
 
 __all__ = ["SynthesisSummary", "pcm16", "synthesize", "units_of"]

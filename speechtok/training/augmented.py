@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from speechtok.audio.augment import AugmentResources, augment, parts_of
 from speechtok.corpus.engine import Event
+from speechtok.devices import usable_device
 from speechtok.encoders.base import Encoder
 from speechtok.errors import InputError
-from speechtok.tokenizer import usable_device
 from speechtok.training.items import Items, identity_of, store
 from speechtok.training.teacher import describe_encoder
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from speechtok.corpus.engine import Event
+from speechtok.devices import usable_device
 from speechtok.nn.seanet import SeanetConfig
-from speechtok.tokenizer import Tokenizer, usable_device
+from speechtok.tokenizer import Tokenizer
 from speechtok.training.beginning import same_beginning
 from speechtok.training.codec import CodecObjective
 from speechtok.training.codec_config import CodecObjectiveConfig

@@ -16,12 +16,13 @@ from torch import nn
 
 from speechtok.audio.augment import FAMILIES, AugmentResources
 from speechtok.corpus.engine import Event
+from speechtok.devices import usable_device
 from speechtok.encoders.base import Encoder
 from speechtok.encoders.w2v_bert import W2vBertEncoder
 from speechtok.errors import InputError, OutputError
 from speechtok.hub import load
 from speechtok.quantizers.mlp import MlpQuantizer
-from speechtok.tokenizer import Tokenizer, usable_device
+from speechtok.tokenizer import Tokenizer
 from speechtok.training.augmented import AugmentedFrames, identity_of
 from speechtok.training.beginning import same_beginning
 from speechtok.training.ctc_units import CtcConfig, CtcObjective, NamedFrames

@@ -20,6 +20,7 @@ from speechtok.codecs.build import inverse
 from speechtok.corpus.engine import Event
 from speechtok.corpus.shard import Decoder
 from speechtok.corpus.sources import scan
+from speechtok.devices import usable_device
 from speechtok.encoders.base import Encoder
 from speechtok.errors import InputError
 from speechtok.frames import Context, FrameGrid, Window, WindowRule
@@ -27,7 +28,7 @@ from speechtok.kernels.nearest import nearest_centroids
 from speechtok.quantizers.kmeans import KMeans
 from speechtok.segmenters.base import Segmenter
 from speechtok.segmenters.pool import pool
-from speechtok.tokenizer import DEFAULT_WINDOW, Tokenizer, usable_device
+from speechtok.tokenizer import DEFAULT_WINDOW, Tokenizer
 from speechtok.windows import cut
 
 __all__ = ["FrameSample", "SegmentMeans", "fit"]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from speechtok.audio.perturb import PerturbConfig
 from speechtok.corpus.engine import Event
+from speechtok.devices import usable_device
 from speechtok.errors import InputError, OutputError
-from speechtok.tokenizer import usable_device
 from speechtok.training.curves import draw_curves
 from speechtok.training.distributed import sum_over_processes
 from speechtok.training.recipe import Recipe

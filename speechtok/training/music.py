@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from speechtok.corpus.engine import Event
+from speechtok.devices import usable_device
 from speechtok.encoders.hubert import HubertConfig
 from speechtok.encoders.saved import save_encoder
 from speechtok.errors import InputError
 from speechtok.hub import load
-from speechtok.tokenizer import Tokenizer, usable_device
+from speechtok.tokenizer import Tokenizer
 from speechtok.training.beginning import same_beginning
 from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train

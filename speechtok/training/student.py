@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from speechtok.corpus.engine import Event
+from speechtok.devices import usable_device
 from speechtok.encoders.base import Encoder
 from speechtok.encoders.pretrained import from_pretrained
 from speechtok.encoders.saved import save_encoder
 from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import InputError
-from speechtok.tokenizer import usable_device
 from speechtok.training.distill import DistillConfig, DistillObjective, make_student
 from speechtok.training.distributed import one_at_a_time
 from speechtok.training.loop import train

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from speechtok.corpus.engine import Event
+from speechtok.devices import usable_device
 from speechtok.encoders.pretrained import from_pretrained
 from speechtok.encoders.saved import save_encoder
 from speechtok.encoders.w2v_bert import W2vBertEncoder
 from speechtok.encoders.w2v_bert_config import W2vBertConfig
 from speechtok.errors import InputError
 from speechtok.segmenters.energy import EnergySeeds
-from speechtok.tokenizer import usable_device
 from speechtok.training.loop import train
 from speechtok.training.pretrain import read_sound
 from speechtok.training.recipe import Recipe, section

@@ -21,10 +21,10 @@ from speechtok.audio.features import FRAME, HOP
 from speechtok.corpus.engine import Event
 from speechtok.corpus.shard import Decoder
 from speechtok.corpus.sources import scan
+from speechtok.devices import usable_device
 from speechtok.encoders.base import Encoder
 from speechtok.errors import CheckpointError, FormatError, InputError, OutputError
 from speechtok.frames import FrameGrid, WindowRule
-from speechtok.tokenizer import usable_device
 from speechtok.training.mels import RATE, Mels
 
 __all__ = ["TaughtMels", "TeacherFrames", "describe_encoder", "frames_holding"]
