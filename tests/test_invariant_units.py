@@ -155,7 +155,7 @@ def crops(*items: int, length: int = 100, step: int = 0) -> list[Crop]:
 
 
 def name(teacher: KMeans, frames: AugmentedFrames) -> NamedFrames:
-    return NamedFrames.by(lambda rows: teacher(torch.from_numpy(rows)[None]).ids[0, 0].numpy(), frames)
+    return NamedFrames(frames, lambda rows: teacher(torch.from_numpy(rows)[None]).ids[0, 0].numpy())
 
 
 def student(hidden: tuple[int, ...] = (8,), units: int = 12, blocks: int = 0, smoothing: int = 1) -> UnitStudent:

@@ -9,9 +9,9 @@ network is a quantizer like any other. A blank would leave most frames without a
 guessed, and a stream would have to wait for the next unit. It also learned less here (docs/measurements.md).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,22 +50,24 @@ class CtcConfig:
 
 @dataclass(frozen=True)
 class NamedFrames:
-    """Frames and the units that a teacher gives the clean ones.
+    """Frames, and the units that a teacher gives the clean ones.
 
     Parameters
     ----------
     sound : AugmentedFrames
-    units : sequence of int32 [T]
-        Of every item.
+    teacher : callable
+        From the frames of an item, float32 [T, D], to its units, int32 [T]; asked once for each item.
     """
 
     sound: AugmentedFrames
-    units: Sequence[NDArray[np.int32]]
+    teacher: Callable[[NDArray[np.float32]], NDArray[np.int32]]
+    _known: dict[int, NDArray[np.int32]] = field(default_factory=dict, init=False, repr=False)
 
-    @classmethod
-    def by(cls, teacher: Callable[[NDArray[np.float32]], NDArray[np.int32]], sound: AugmentedFrames) -> Self:
-        """Ask a teacher, from the frames of an item float32 [T, D] to its units."""
-        return cls(sound, [teacher(sound.whole(item, 0)) for item in range(len(sound.lengths))])
+    def units(self, item: int) -> NDArray[np.int32]:
+        """Units of the clean item, int32 [T]."""
+        if item not in self._known:
+            self._known[item] = self.teacher(self.sound.whole(item, 0))
+        return self._known[item]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -102,7 +104,7 @@ class CtcObjective(nn.Module):
         for crop in crops:
             version = self._drawn(crop, len(sound.sound.versions))
             rows.append(sound.sound.cut(crop.item, version, crop.start, crop.length))
-            units = sound.units[crop.item][crop.start : crop.start + crop.length]
+            units = sound.units(crop.item)[crop.start : crop.start + crop.length]
             targets.append(torch.from_numpy(run_lengths(units)[0].astype(np.int64)))
         features, lengths = padded_rows(rows)
         return {

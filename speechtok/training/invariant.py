@@ -190,7 +190,7 @@ def train_invariant(
             student.standardize(*statistics)
         if isinstance(settings, CtcConfig):
             objective = CtcObjective(settings, student)
-            heard = [NamedFrames.by(teacher, frames) for frames in (sound, watched)]
+            heard = [NamedFrames(frames, teacher) for frames in (sound, watched)]
         else:
             objective = NastObjective(settings, student, *statistics)
             heard = [sound, watched]
