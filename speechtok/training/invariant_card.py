@@ -46,6 +46,7 @@ def write_card(
     """
     tokenizer = own.of(folder)
     facts = tokenizer.training
+    warm = ", and the next one goes on from its weights" if facts["warm_start"] else ""
     parts = [
         f"# {tokenizer.name}",
         f"Units of [{facts['tokenizer']}](../{facts['tokenizer']}) that stay the same when the sound is stretched, "
@@ -54,11 +55,11 @@ def write_card(
         "(Gat et al. 2023, arXiv:2209.15483, without the CTC blank).",
         facts_table(tokenizer, folder, own),
         "## Data",
-        f"{describe_data(data, True)} So do those of the room responses that it was convolved with.",
+        f"{describe_data(data, True)} The makers of the room responses that it was convolved with stand there, too.",
         "## Recipe",
         f"`speechtok train invariant`, recipe `{facts['recipe']}`, seed {facts['seed']}: the encoder stays as it is; a "
         "student learns by CTC to give augmented sound the units that its teacher gives clean sound. In each round the "
-        "student of the one before is the teacher. Unit edit distances in % on the dev split, by which rounds end:",
+        f"student of the one before is the teacher{warm}. Unit edit distances in % on the dev split, by which rounds end:",
         _rounds(facts["rounds"]),
         f"To make it again: `{command}`.",
         "## Measured quality",
