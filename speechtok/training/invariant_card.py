@@ -14,6 +14,7 @@ from speechtok.training.cards import (
     quality,
 )
 from speechtok.training.layers import pooled
+from speechtok.training.recipe import Recipe
 from speechtok.training.unit_probe import UED
 
 __all__ = ["write_card"]
@@ -24,6 +25,7 @@ def write_card(
     own: Figures,
     others: Sequence[Figures],
     data: Sequence[Corpus],
+    recipe: Recipe,
     command: str,
 ) -> Path:
     """Write ``README.md``.
@@ -36,6 +38,8 @@ def write_card(
         Of this tokenizer and of those that it is compared with, its teacher first.
     data : sequence of Corpus
         Training sound.
+    recipe : Recipe
+        Of its training.
     command : str
         That makes it.
 
@@ -46,7 +50,7 @@ def write_card(
     """
     tokenizer = own.of(folder)
     facts = tokenizer.training
-    warm = ", and the next one goes on from its weights" if facts["warm_start"] else ""
+    warm = ", and the next one goes on from its weights" if recipe.objective.get("warm_start") else ""
     parts = [
         f"# {tokenizer.name}",
         f"Units of [{facts['tokenizer']}](../{facts['tokenizer']}) that stay the same when the sound is stretched, "
@@ -58,8 +62,10 @@ def write_card(
         f"{describe_data(data, True)} The makers of the room responses that it was convolved with stand there, too.",
         "## Recipe",
         f"`speechtok train invariant`, recipe `{facts['recipe']}`, seed {facts['seed']}: the encoder stays as it is; a "
-        "student learns by CTC to give augmented sound the units that its teacher gives clean sound. In each round the "
-        f"student of the one before is the teacher{warm}. Unit edit distances in % on the dev split, by which rounds end:",
+        f"student ({recipe.objective['blocks']} conformer blocks and a linear map) learns by CTC to give augmented "
+        "sound the units that its teacher gives clean sound. In each round the student of the one before is the "
+        f"teacher{warm}. A round has {recipe.run.steps:,} steps of {recipe.data.batch_seconds:g} s. Unit edit distances "
+        "in % on the dev split, by which rounds end:",
         _rounds(facts["rounds"]),
         f"To make it again: `{command}`.",
         "## Measured quality",

@@ -71,5 +71,6 @@ def _card(job: Job, others: tuple[str, ...], task: Task) -> Product:
     makers = write_makers(
         folder, "Sounds that changed training sound", {"Noises": data / "noise", "Room responses": data / "rir"}
     )
-    card = write_card(folder, figures[0], figures[1:], corpora(job.speech("train")), job.command)
+    spoken = corpora(job.speech("train"))
+    card = write_card(folder, figures[0], figures[1:], spoken, job.invariant_recipe, job.command)
     return Product((card, makers))
