@@ -64,8 +64,8 @@ def write_card(
         f"`speechtok train invariant`, recipe `{facts['recipe']}`, seed {facts['seed']}: the encoder stays as it is; a "
         f"student ({recipe.objective['blocks']} conformer blocks and a linear map) learns by CTC to give augmented "
         "sound the units that its teacher gives clean sound. In each round the student of the one before is the "
-        f"teacher{warm}. A round has {recipe.run.steps:,} steps of {recipe.data.batch_seconds:g} s. Unit edit distances "
-        "in % on the dev split, by which rounds end:",
+        f"teacher{warm}. A round has {recipe.run.steps:,} steps of {recipe.data.batch_seconds:g} s. Unit edit "
+        "distances in % on the dev split, by which rounds end:",
         _rounds(facts["rounds"]),
         f"To make it again: `{command}`.",
         "## Measured quality",
