@@ -138,7 +138,8 @@ def test_a_unit_is_a_hop(kind: str) -> None:
 @torch.inference_mode()
 def test_configurations_of_16_and_24_khz(rate: int, hop: int) -> None:
     model = Vocos(VocosConfig(vocab_size=10, sample_rate=rate, hop=hop, dim=8, inner=8, blocks=1))
-    assert all(model(torch.zeros(1, count, dtype=torch.int64)).shape[1] == count * hop for count in range(1, 201))
+    with torch.backends.mkldnn.flags(enabled=False):  # which compiles for every new length
+        assert all(model(torch.zeros(1, count, dtype=torch.int64)).shape[1] == count * hop for count in range(1, 201))
     assert model.sample_rate == rate
     assert model.head.istft.n_fft == 4 * hop
 

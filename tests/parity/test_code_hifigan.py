@@ -233,7 +233,8 @@ def test_lengths_are_exact(rates: tuple, kernels: tuple, hop: int) -> None:
     # Residual blocks keep the length, as just seen, and take most of the time.
     model.resblocks = torch.nn.ModuleList(torch.nn.Identity() for _ in rates)
     counts = range(1, 201) if hop == 320 else (1, 2, 50, 199, 200)
-    assert [model(units[:, :count]).shape[1] for count in counts] == [hop * count for count in counts]
+    with torch.backends.mkldnn.flags(enabled=False):  # which compiles for every new length
+        assert [model(units[:, :count]).shape[1] for count in counts] == [hop * count for count in counts]
 
 
 @torch.inference_mode()
