@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from speechtok.errors import CheckpointError, InputError
 from speechtok.nn.edges import ChunkPast
 from speechtok.nn.istft import InverseStft
-from speechtok.vocoders.vocos import Vocos, VocosConfig, VocosStream
+from speechtok.vocoders.stream import VocosStream
+from speechtok.vocoders.vocos import Vocos, VocosConfig
 
 TINY = {"hop": 32, "embedding": 8, "dim": 16, "inner": 24, "blocks": 2, "kernel": 3}
 KINDS = {
