@@ -306,6 +306,16 @@ def test_weight_norm_of_plain_weights() -> None:
         assert 0.009 < float(conv.weight.detach().std()) < 0.011
 
 
+def test_a_configuration_goes_through_json() -> None:
+    config, units = read_config(LAYOUTS["durations"]), torch.tensor([[3, 4, 5]])
+    tensors = written(LAYOUTS["durations"])
+    model = from_tensors(config, tensors)
+    again = CodeHifiGanConfig(**json.loads(json.dumps(model.config_dict())))
+    assert again == config
+    with torch.no_grad():
+        assert torch.equal(CodeHifiGan(again, weights=tensors).eval()(units), model(units))
+
+
 # ---- what does not fit
 
 
