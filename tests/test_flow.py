@@ -113,6 +113,9 @@ def test_what_is_not_heard_has_no_say() -> None:
     with torch.no_grad():
         one, two = (model(x, time, each, torch.tensor([True, False])) for each in (given, other))
     torch.testing.assert_close(one[0], two[0], rtol=0, atol=0)
+    with torch.no_grad():
+        moments = [model(x, torch.tensor(moment), given) for moment in (0.0, 0.05, 0.5, 1.0)]
+    assert all((moments[i] - moments[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
     for changed in ("units", "places", "speaker"):
         with torch.no_grad():
             part = model(x, time, replace(given, **{changed: getattr(other, changed)}))
