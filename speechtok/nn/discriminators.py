@@ -1,6 +1,7 @@
-"""Discriminators that tell decoded sound from real, and their losses.
+"""A discriminator that tells decoded sound from real, and the losses of all discriminators.
 
-Multi-scale STFT discriminator as in EnCodec (Défossez et al. 2022, arXiv 2210.13438, section 3.4).
+Multi-scale STFT discriminator as in EnCodec (Défossez et al. 2022, arXiv 2210.13438, section 3.4); vocoders have
+those of `speechtok.nn.wave_discriminators`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from speechtok.errors import InputError
 
-__all__ = ["MultiScaleStft", "Verdict", "feature_distance", "generator_loss", "hinge_loss"]
+__all__ = ["MultiScaleStft", "Verdict", "feature_distance", "feature_matching", "generator_loss", "hinge_loss"]
 
 Verdict = tuple[list[Tensor], list[list[Tensor]]]  # logits and features of every scale
 _SLOPE = 0.2
@@ -119,9 +120,13 @@ def hinge_loss(real: Sequence[Tensor], decoded: Sequence[Tensor]) -> Tensor:
     return _mean([_rows(F.relu(1.0 - a.float())) + _rows(F.relu(1.0 + b.float())) for a, b in _pairs(real, decoded)])
 
 
-def generator_loss(decoded: Sequence[Tensor]) -> Tensor:
-    """Hinge loss of who is judged: ``-mean(decoded)`` of each row, mean over scales: float32 [B]."""
-    return _mean([-_rows(logits.float()) for logits in decoded])
+def generator_loss(decoded: Sequence[Tensor], *, clipped: bool = False) -> Tensor:
+    """Hinge loss of who is judged: ``-mean(decoded)`` of each row, mean over scales: float32 [B].
+
+    `clipped`: ``mean(relu(1 - decoded))`` instead, as in EnCodec and Vocos. What seems real beyond doubt gives no
+    gradient then, which matters where no balancer bounds it.
+    """
+    return _mean([_rows(F.relu(1.0 - logits.float()) if clipped else -logits.float()) for logits in decoded])
 
 
 def feature_distance(real: Sequence[Sequence[Tensor]], decoded: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -141,6 +146,28 @@ def feature_distance(real: Sequence[Sequence[Tensor]], decoded: Sequence[Sequenc
             _rows((a.detach().float() - b.float()).abs()) / _rows(a.detach().float().abs()).clamp_min(1e-8)
             for one, two in _pairs(real, decoded)
             for a, b in _pairs(one, two)
+        ]
+    )
+
+
+def feature_matching(real: Sequence[Sequence[Tensor]], decoded: Sequence[Sequence[Tensor]]) -> Tensor:
+    """L1 of features: ``mean(|real - decoded|)`` of each row, sum over the layers of a scale, mean over scales.
+
+    As in HiFi-GAN and Vocos: absolute differences, for losses that no balancer weighs.
+
+    Parameters
+    ----------
+    real, decoded : sequence of sequence of float [B, ...]
+        Features of every layer of every scale. No gradient flows into `real`.
+
+    Returns
+    -------
+    float32 [B]
+    """
+    return _mean(
+        [
+            torch.stack([_rows((a.detach().float() - b.float()).abs()) for a, b in _pairs(one, two)]).sum(0)
+            for one, two in _pairs(real, decoded)
         ]
     )
 

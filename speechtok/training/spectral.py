@@ -1,7 +1,7 @@
-"""Multi-scale mel loss of neural codecs (Défossez et al. 2022, arXiv 2210.13438, section 3.4).
+"""Mel losses: of neural codecs (Défossez et al. 2022, arXiv 2210.13438, section 3.4) and of vocoders.
 
-Spectra of several window lengths, since no single one shows both clicks and pitch. Computed in float32 whatever the
-model computes in.
+Codecs compare spectra of several window lengths, since no single one shows both clicks and pitch. Computed in float32
+whatever the model computes in.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechtok.audio.features import mel_bank, valid_frames
+from speechtok.audio.features import log_mel, mel_bank, valid_frames
 from speechtok.errors import InputError
 
-__all__ = ["MultiScaleMel", "mel_power"]
+__all__ = ["MultiScaleMel", "log_mel_distance", "mel_power"]
 
 
 class MultiScaleMel(nn.Module):
@@ -106,6 +106,43 @@ class MultiScaleMel(nn.Module):
                     counts = (lengths // hop).clamp(1, frames.shape[1])
                     total = total + (frames * valid_frames(counts, frames.shape[1])).sum(1) / counts
             return total / (len(self.windows) * (1.0 + self.log_weight))
+
+
+def log_mel_distance(
+    decoded: Tensor, wave: Tensor, lengths: Tensor | None = None, *, sample_rate: int, n_fft: int = 1024,
+    hop: int = 256, bins: int = 100, floor: float = 1e-7,
+) -> Tensor:  # fmt: skip
+    """L1 of log mel spectra of magnitudes, mean over bins and frames (Siuzdak 2023, arXiv 2306.00814).
+
+    Parameters
+    ----------
+    decoded, wave : float [B, N]
+    lengths : int64 [B], optional
+        Valid samples; what lies behind has no say.
+    sample_rate : int
+        Hz.
+    n_fft, hop, bins, floor
+        See `log_mel`; filters are HTK's with peak 1. The defaults are the published ones.
+
+    Returns
+    -------
+    float32 [B]
+        0 for a row without samples.
+    """
+    if decoded.shape != wave.shape or decoded.ndim != 2:
+        raise InputError(f"decoded {tuple(decoded.shape)} and wave {tuple(wave.shape)} must be [B, N] alike")
+    if lengths is None:
+        lengths = torch.full((len(wave),), wave.shape[1], device=wave.device)
+    with torch.autocast(decoded.device.type, enabled=False):
+        (ours, counts), (theirs, _) = (
+            log_mel(
+                x, lengths, sample_rate=sample_rate, n_fft=n_fft, hop=hop, bins=bins, scale="htk", area_norm=False,
+                floor=floor, pad_mode="reflect",
+            )
+            for x in (decoded, wave)
+        )  # fmt: skip
+        # Both are zero behind a row's end.
+        return (ours - theirs).abs().mean(2).sum(1) / counts.clamp_min(1)
 
 
 def mel_power(wave: Tensor, window: Tensor, bank: Tensor, hop: int) -> Tensor:
