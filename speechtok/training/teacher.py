@@ -279,14 +279,14 @@ class TaughtMels(Mels):
 _Piece = tuple[int, int, int, int, int]  # file, first frame in it, filter bank frames, start and number of frames
 
 
-def describe_encoder(teacher: Encoder) -> dict[str, Any]:
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     """What makes an encoder this one: kind, settings, layer, weights; plain JSON values."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
+    for name, tensor in sorted(encoder.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    settings: dict[str, Any] = {"type": teacher.type, "config": teacher.config_dict(), "layer": teacher.layer}
-    settings |= {"grid": asdict(teacher.grid), "dim": teacher.dim, "weights": weights.hexdigest()}
+    settings: dict[str, Any] = {"type": encoder.type, "config": encoder.config_dict(), "layer": encoder.layer}
+    settings |= {"grid": asdict(encoder.grid), "dim": encoder.dim, "weights": weights.hexdigest()}
     return dict(json.loads(json.dumps(settings)))
 
 
