@@ -72,7 +72,8 @@ class Toy:
         recipe = Recipe.read(self.recipe, "codec")
         choices = Choices("", "", self.recipe, "", codec_every=2)
         return codec_models.steps(
-            Job(self.places, choices, recipe, recipe, recipe, recipe, "cpu", "make models", lambda event: None), given
+            Job(self.places, choices, recipe, recipe, recipe, recipe, recipe, "cpu", "make models", lambda event: None),
+            given,
         )
 
     def record(self) -> Record:

@@ -87,7 +87,9 @@ class Toy:
         choices = Choices(
             "", "", "", self.recipe, many=6, sample_frames=800, encoder_sample_frames=400, iterations=3, restarts=1
         )
-        job = Job(self.places, choices, recipe, recipe, recipe, recipe, "cpu", "make models", lambda event: None)
+        job = Job(
+            self.places, choices, recipe, recipe, recipe, recipe, recipe, "cpu", "make models", lambda event: None
+        )
         others = [
             Step(name, "tokenizer", partial(self._stand_in, name), settings=settings)
             for name, settings in (
